@@ -1,0 +1,652 @@
+"""The SD3 backbone is the plain pipeline, cut where a trainer needs it: same bits, counted calls, pinned grids."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DModel,
+)
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from tiny_models import tiny_random_pipeline
+
+from trl_dgpo.backbones import load_backbone
+from trl_dgpo.backbones.sd3 import SD3Backbone
+from trl_dgpo.noising import trainable_levels
+
+
+PROMPTS = ["a sign: cafe", "a sign: hi"]
+LENGTH = 8  # tokens of the third text encoder in these tests
+
+SD35_MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+
+
+def make_backbone(third_text_encoder=False, sd35=False, **options) -> SD3Backbone:
+    return SD3Backbone(tiny_random_pipeline(0, third_text_encoder, sd35), **{"max_sequence_length": LENGTH, **options})
+
+
+def noise(*shape, seed=0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lora_model(backbone: SD3Backbone, rank: int = 4, **options):
+    """The backbone's transformer with a LoRA that acts (B is not zero), the same in every call."""
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(backbone.LORA_TARGETS), **options)
+    model = get_peft_model(backbone.transformer, config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.device.type != "meta":
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model, config
+
+
+def record_calls(module: torch.nn.Module) -> list[dict]:
+    """Keyword arguments of every forward of `module` from now on."""
+    calls = []
+    module.register_forward_pre_hook(lambda _module, _args, kwargs: calls.append(kwargs), with_kwargs=True)
+    return calls
+
+
+# Grids
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "timesteps"),
+    [
+        (4, [999, 899, 749, 499]),
+        (10, [999, 963, 922, 874, 817, 749, 666, 562, 428, 249]),
+        (14, [999, 974, 947, 916, 881, 843, 799, 749, 691, 624, 545, 449, 333, 187]),
+    ],
+)
+def test_dpm_grid_is_the_authors(num_steps, timesteps):
+    for sampler in ("dpm", "euler", "sde"):
+        sigmas = make_backbone(sampler=sampler).sigmas(num_steps)
+        assert sigmas.dtype == torch.float64
+        assert (sigmas * 1000).tolist() == timesteps
+
+
+def test_model_grid_is_the_pipelines_own():
+    sigmas = make_backbone(sampler="euler", sigmas="model").sigmas(10)
+    expected = [1000, 960.13, 913.35, 857.69, 790.37, 707.28, 602.15, 464.88, 278.05, 8.93]
+    np.testing.assert_allclose(sigmas * 1000, expected, atol=0.005)
+
+
+@pytest.mark.parametrize(("num_steps", "t_min", "last"), [(10, 0.4, 6), (10, 0.6, 4), (14, 0.4, 8), (14, 0.6, 5)])
+def test_noisy_prefix_of_the_grid(num_steps, t_min, last):
+    backbone = make_backbone()
+    assert backbone.shift_factor == 3.0
+    levels = trainable_levels(backbone.sigmas(num_steps), t_min, backbone.shift_factor)
+    assert levels.tolist() == list(range(last + 1))
+
+
+# Rollouts
+
+
+def plain_latents(pipeline, latents, num_steps, guidance_scale, output_type="latent"):
+    """The plain call of diffusers, from embeddings that diffusers made."""
+    with torch.no_grad():
+        rows = [pipeline.encode_prompt([p], None, None, max_sequence_length=LENGTH) for p in PROMPTS]
+    positive, negative, pooled, negative_pooled = (torch.cat(tensors) for tensors in zip(*rows))
+    return pipeline(
+        prompt_embeds=positive,
+        negative_prompt_embeds=negative,
+        pooled_prompt_embeds=pooled,
+        negative_pooled_prompt_embeds=negative_pooled,
+        latents=latents,
+        height=32,
+        width=64,
+        num_inference_steps=num_steps,
+        guidance_scale=guidance_scale,
+        output_type=output_type,
+    ).images
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+@pytest.mark.parametrize("third_text_encoder", [False, True])
+@pytest.mark.parametrize(("sampler", "sigmas"), [("dpm", "dpm"), ("euler", "dpm"), ("euler", "model")])
+def test_rollout_and_images_are_the_plain_pipelines_bits(sampler, sigmas, third_text_encoder, guidance_scale):
+    backbone = make_backbone(third_text_encoder, sampler=sampler, sigmas=sigmas)
+    plain = tiny_random_pipeline(0, third_text_encoder)
+    if sigmas == "dpm":
+        plain.scheduler = DPMSolverMultistepScheduler(
+            algorithm_type="dpmsolver++",
+            solver_order={"dpm": 2, "euler": 1}[sampler],
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=3.0,
+        )
+    latents = noise(2, *backbone.latent_shape(32, 64))
+
+    x0 = backbone.sample(latents, backbone.encode(PROMPTS), num_steps=10, guidance_scale=guidance_scale)
+
+    assert torch.equal(x0, plain_latents(plain, latents, 10, guidance_scale))
+    images = plain_latents(plain, latents, 10, guidance_scale, output_type="pil")
+    decoded = backbone.decode(x0)
+    assert decoded.dtype == torch.uint8
+    assert decoded.shape == (2, 3, 32, 64)
+    assert np.array_equal(decoded.permute(0, 2, 3, 1).numpy(), np.stack([np.asarray(image) for image in images]))
+    assert decoded.float().std() > 10  # not a blank
+
+
+def test_rollout_in_bfloat16_is_the_plain_pipelines_bits():
+    backbone = load_backbone(tiny_random_pipeline(), dtype=torch.bfloat16, max_sequence_length=LENGTH)
+    plain = load_backbone(tiny_random_pipeline(), dtype=torch.bfloat16).pipeline
+    plain.scheduler = backbone.scheduler
+    latents = noise(2, 4, 8, 8)
+    x0 = backbone.sample(latents, backbone.encode(PROMPTS), num_steps=4, guidance_scale=4.5)
+    assert x0.dtype == torch.bfloat16
+    assert torch.equal(x0, plain_latents(plain, latents, 4, 4.5))
+    assert backbone.vae.dtype == torch.float32
+    assert backbone.decode(x0).shape == (2, 3, 32, 32)
+
+
+def test_euler_on_the_dpm_grid_is_eulers_method():
+    backbone = make_backbone(sampler="euler")
+    conditioning = backbone.encode(PROMPTS)
+    x = latents = noise(2, 4, 8, 8)
+    backbone.scheduler.set_timesteps(4)
+    levels = backbone.scheduler.sigmas
+    for sigma, level, next_level in zip(backbone.sigmas(4), levels, levels[1:]):
+        with torch.no_grad():
+            x = x + (next_level - level) * backbone.predict(x, sigma, conditioning)
+    x0 = backbone.sample(latents, conditioning, num_steps=4, guidance_scale=1.0)
+    torch.testing.assert_close(x0, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "sigmas"), [("dpm", "dpm"), ("euler", "dpm"), ("euler", "model"), ("sde", "dpm"), ("sde", "model")]
+)
+def test_samplers_turn_noise_into_the_data_where_the_velocity_is_known(sampler, sigmas, monkeypatch):
+    # For data N(m, s^2) the marginal at sigma is N((1-sigma) m, (1-sigma)^2 s^2 + sigma^2), the velocity linear:
+    # E[noise - x0 | x_t] = (sigma - (1-sigma) s^2) / variance * (x_t - mean) - m
+    m, s = 0.7, 0.5
+    backbone = make_backbone(sampler=sampler, sigmas=sigmas)
+
+    def exact_velocity(hidden_states, timestep, **_):
+        sigma = (timestep / 1000).view(-1, 1, 1, 1)
+        slope = (sigma - (1 - sigma) * s**2) / ((1 - sigma) ** 2 * s**2 + sigma**2)
+        return (slope * (hidden_states - (1 - sigma) * m) - m,)
+
+    monkeypatch.setattr(backbone.transformer, "forward", exact_velocity)
+    latents = noise(64, 4, 8, 8)
+    step_noise = {"step_noise": lambda i: noise(64, 4, 8, 8, seed=i + 1)} if sampler == "sde" else {}
+    x0 = backbone.sample(latents, backbone.encode(PROMPTS[:1] * 64), num_steps=40, guidance_scale=1.0, **step_noise)
+    assert x0.mean() == pytest.approx(m, abs=0.03)
+    assert x0.std() == pytest.approx(s, abs=0.05)
+
+
+def test_sde_draws_noise_for_all_steps_but_the_last():
+    backbone = make_backbone(sampler="sde")
+    asked = []
+
+    def step_noise(i):
+        asked.append(i)
+        return noise(2, 4, 8, 8, seed=i)
+
+    rollout = {"num_steps": 4, "guidance_scale": 1.0}
+    conditioning = backbone.encode(PROMPTS)
+    x0 = backbone.sample(noise(2, 4, 8, 8), conditioning, step_noise=step_noise, **rollout)
+    assert asked == [0, 1, 2]
+    assert torch.equal(x0, backbone.sample(noise(2, 4, 8, 8), conditioning, step_noise=step_noise, **rollout))
+    other = backbone.sample(noise(2, 4, 8, 8), conditioning, step_noise=lambda i: -step_noise(i), **rollout)
+    assert not torch.allclose(x0, other, atol=0.1)
+
+
+def test_step_noise_belongs_to_the_sde_alone():
+    for sampler in ("dpm", "euler"):
+        backbone = SD3Backbone(tiny_random_pipeline(), sampler=sampler, max_sequence_length=8)
+        with pytest.raises(ValueError, match=r"`step_noise` is given and `sampler` is"):
+            backbone.sample(
+                noise(2, 4, 8, 8),
+                backbone.encode(PROMPTS),
+                num_steps=4,
+                guidance_scale=1.0,
+                step_noise=lambda i: noise(2, 4, 8, 8),
+            )
+
+
+def test_the_sde_without_noise_is_eulers_ode():
+    outputs = []
+    for sampler in ("sde", "euler"):
+        backbone = SD3Backbone(tiny_random_pipeline(), sampler=sampler, max_sequence_length=8)
+        outputs.append(backbone.sample(noise(2, 4, 8, 8), backbone.encode(PROMPTS), num_steps=4, guidance_scale=1.0))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(("guidance_scale", "batch"), [(1.0, 2), (0.0, 2), (4.5, 4)])
+def test_one_forward_a_step_of_twice_the_batch_with_guidance(guidance_scale, batch):
+    backbone = make_backbone()
+    conditioning = backbone.encode(PROMPTS)
+    calls = record_calls(backbone.transformer)
+    backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=6, guidance_scale=guidance_scale)
+    assert [len(call["hidden_states"]) for call in calls] == [batch] * 6
+
+
+@pytest.mark.parametrize(("sampler", "sigmas"), [("dpm", "dpm"), ("euler", "model")])
+def test_nothing_leaks_from_one_rollout_into_the_next(sampler, sigmas):
+    backbone = make_backbone(sampler=sampler, sigmas=sigmas)
+    schedulers = (backbone.scheduler, backbone.pipeline.scheduler)
+    states = [{name: id(value) for name, value in vars(scheduler).items()} for scheduler in schedulers]
+    conditioning = backbone.encode(PROMPTS)
+    first = backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=4, guidance_scale=4.5)
+    backbone.sample(noise(2, 4, 8, 8, seed=1), conditioning, num_steps=3, guidance_scale=1.0)
+    assert torch.equal(first, backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=4, guidance_scale=4.5))
+    assert states == [{name: id(value) for name, value in vars(scheduler).items()} for scheduler in schedulers]
+
+
+def test_rollout_has_no_gradient_and_no_dropout_and_gives_the_mode_back():
+    backbone = make_backbone()
+    model, _ = lora_model(backbone, lora_dropout=0.5)
+    conditioning = backbone.encode(PROMPTS)
+    model.train()
+    x0 = backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=2, guidance_scale=1.0)
+    assert not x0.requires_grad
+    assert torch.equal(x0, backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=2, guidance_scale=1.0))
+    assert all(module.training for module in backbone.transformer.modules())
+    with pytest.raises(ValueError, match="2 rows of encoder_hidden_states for 3 latents"):
+        backbone.sample(noise(3, 4, 8, 8), conditioning, num_steps=2, guidance_scale=1.0)
+    assert backbone.transformer.training
+    model.eval()
+    backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=2, guidance_scale=1.0)
+    assert not backbone.transformer.training
+
+
+# Encoding and decoding
+
+
+@pytest.mark.parametrize("third_text_encoder", [False, True])
+def test_encoding_is_the_plain_pipelines(third_text_encoder):
+    backbone = make_backbone(third_text_encoder)
+    conditioning = backbone.encode([*PROMPTS, ""])
+    plain = tiny_random_pipeline(0, third_text_encoder)
+    for row, prompt in enumerate([*PROMPTS, ""]):
+        with torch.no_grad():
+            hidden_states, _, pooled, _ = plain.encode_prompt([prompt], None, None, max_sequence_length=LENGTH)
+        assert torch.equal(conditioning["encoder_hidden_states"][row], hidden_states[0])
+        assert torch.equal(conditioning["pooled_projections"][row], pooled[0])
+
+
+def test_embeddings_do_not_depend_on_order_company_or_autocast():
+    prompts = [f"sign {i}" for i in range(6)]
+    together = make_backbone(True).encode(prompts)
+    backbone = make_backbone(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        backbone.encode(prompts[3:4])
+    backwards = backbone.encode(prompts[::-1])
+    for name, rows in together.items():
+        assert rows.dtype == torch.float32
+        assert not rows.requires_grad
+        assert torch.equal(rows, backwards[name].flip(0))
+
+
+def test_every_distinct_prompt_is_encoded_once():
+    backbone = make_backbone(True)
+    encoders = (backbone.pipeline.text_encoder, backbone.pipeline.text_encoder_2, backbone.pipeline.text_encoder_3)
+    calls = [record_calls(encoder) for encoder in encoders]
+    conditioning = backbone.encode(["a", "b", "a", "a"])
+    assert torch.equal(conditioning["pooled_projections"][0], conditioning["pooled_projections"][3])
+    assert [len(c) for c in calls] == [2, 2, 2]
+    backbone.encode(["b", "c"])
+    assert [len(c) for c in calls] == [3, 3, 3]
+    for _ in range(2):  # the negative prompt "" is one more
+        backbone.sample(noise(4, 4, 8, 8), conditioning, num_steps=2, guidance_scale=3.0)
+    assert [len(c) for c in calls] == [4, 4, 4]
+
+
+def test_max_sequence_length_and_negative_prompt_count():
+    backbone = make_backbone()
+    assert backbone.encode(["a"])["encoder_hidden_states"].shape == (1, 16 + LENGTH, 16)
+    assert make_backbone(max_sequence_length=0).encode(["a"])["encoder_hidden_states"].shape == (1, 16, 16)
+    rollout = {"num_steps": 2, "guidance_scale": 4.5}
+    x0 = backbone.sample(noise(2, 4, 8, 8), backbone.encode(PROMPTS), **rollout)
+    away = make_backbone(negative_prompt="ugly")
+    assert not torch.equal(x0, away.sample(noise(2, 4, 8, 8), away.encode(PROMPTS), **rollout))
+
+
+def test_slices_and_autocast_do_not_change_the_images():
+    backbone = make_backbone()
+    x0 = noise(5, 4, 8, 8)
+    images = backbone.decode(x0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(images, backbone.decode(x0))
+    calls = []
+    backbone.vae.decoder.register_forward_pre_hook(lambda _module, args: calls.append(len(args[0])))
+    sliced = backbone.decode(x0, slice_size=2)
+    assert calls == [2, 2, 1]
+    assert (sliced.int() - images.int()).abs().max() <= 1  # another batch size may round differently
+
+
+def test_latent_shape():
+    backbone = make_backbone()
+    assert backbone.latent_shape(32, 64) == (4, 8, 16)
+    for height, width in ((36, 32), (32, 0), (128, 32)):  # no whole patch, nothing, more than 8 patches
+        with pytest.raises(ValueError, match="multiples of 8 from 8 to 64 pixels"):
+            backbone.latent_shape(height, width)
+
+
+# Prediction
+
+
+def test_predict_is_the_transformer_at_1000_sigma():
+    backbone = make_backbone(True, sd35=True)
+    conditioning = backbone.encode(PROMPTS)
+    x_t = noise(2, 4, 8, 8)
+    velocity = backbone.predict(x_t, torch.tensor([0.9, 0.25]), conditioning)
+    rows = [
+        backbone.transformer(
+            hidden_states=x_t[[i]],
+            timestep=torch.tensor([timestep]),
+            encoder_hidden_states=conditioning["encoder_hidden_states"][[i]],
+            pooled_projections=conditioning["pooled_projections"][[i]],
+        ).sample
+        for i, timestep in enumerate([900.0, 250.0])
+    ]
+    torch.testing.assert_close(velocity, torch.cat(rows), rtol=1e-4, atol=1e-5)
+    assert torch.equal(backbone.predict(x_t, 0.9, conditioning)[0], velocity[0])
+    assert not torch.allclose(backbone.predict(x_t, 0.9, conditioning)[1], velocity[1], atol=1e-3)
+
+
+def test_training_levels_reach_the_transformer_as_the_rollouts_timesteps():
+    backbone = make_backbone()
+    conditioning = backbone.encode(PROMPTS[:1])
+    calls = record_calls(backbone.transformer)
+    backbone.sample(noise(1, 4, 8, 8), conditioning, num_steps=10, guidance_scale=1.0)
+    for sigma in backbone.sigmas(10):
+        backbone.predict(noise(1, 4, 8, 8), sigma, conditioning)
+    timesteps = [call["timestep"].item() for call in calls]
+    assert timesteps[10:] == timesteps[:10]
+
+
+def test_whole_timesteps_are_exact():
+    # 10 of them would be off by a rounding if 1000 * sigma were worked out in float32.
+    backbone = make_backbone()
+    timesteps = torch.arange(1001)
+    rows = {name: row.expand(1001, *row.shape[1:]) for name, row in backbone.encode(["a"]).items()}
+
+    def model(hidden_states, timestep, **_):
+        assert torch.equal(timestep, timesteps.float())
+        return (hidden_states,)
+
+    backbone.predict(noise(1001, 4, 2, 2), timesteps.double() / 1000, rows, model=model)
+
+
+def test_guided_prediction_leads_away_from_the_negative_prompt():
+    backbone = make_backbone(negative_prompt="ugly")
+    conditioning, x_t = backbone.encode(PROMPTS), noise(2, 4, 8, 8)
+    positive = backbone.predict(x_t, 0.7, conditioning)
+    negative = backbone.predict(x_t, 0.7, backbone.encode(["ugly"] * 2))
+    guided = backbone.predict(x_t, 0.7, conditioning, guidance_scale=3.0)
+    torch.testing.assert_close(guided, negative + 3.0 * (positive - negative), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(guided, positive, atol=0.01)
+
+
+def test_predict_calls_the_given_model():
+    backbone = make_backbone()
+    conditioning = backbone.encode(PROMPTS)
+
+    class Double(torch.nn.Module):
+        def forward(self, **kwargs):
+            return (2 * backbone.transformer(**kwargs)[0],)
+
+    velocity = backbone.predict(noise(2, 4, 8, 8), 0.5, conditioning)
+    assert torch.equal(backbone.predict(noise(2, 4, 8, 8), 0.5, conditioning, model=Double()), 2 * velocity)
+
+
+def test_forward_process_is_flow_matching():
+    backbone = make_backbone()
+    x0, epsilon = noise(2, 4, 8, 8), noise(2, 4, 8, 8, seed=1)
+    sigma = torch.tensor([0.25, 1.0])
+    x_t = backbone.noise(x0, epsilon, sigma)
+    torch.testing.assert_close(x_t[0], 0.75 * x0[0] + 0.25 * epsilon[0])
+    assert torch.equal(x_t[1], epsilon[1])
+    # along the path the velocity leads from data to noise
+    torch.testing.assert_close(
+        x0 + sigma.view(-1, 1, 1, 1) * backbone.target(x0, epsilon, sigma), x_t, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_gradient_checkpointing_changes_memory_not_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        backbone = make_backbone(sd35=True)
+        model, _ = lora_model(backbone)
+        if checkpointing:
+            backbone.enable_gradient_checkpointing()
+        assert backbone.transformer.is_gradient_checkpointing == checkpointing
+        backbone.predict(
+            noise(2, 4, 8, 8), 0.7, backbone.encode(PROMPTS), model=model.train()
+        ).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+# LoRA
+
+
+def test_saved_lora_gives_the_same_bits_in_a_plain_pipeline(tmp_path):
+    backbone = make_backbone(sd35=True)
+    model, config = lora_model(backbone)
+    backbone.save_lora(tmp_path, get_peft_model_state_dict(model), config.to_dict())
+    assert [file.name for file in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+    plain = tiny_random_pipeline(sd35=True)
+    plain.scheduler = backbone.scheduler
+    latents = noise(2, 4, 8, 8)
+    base = plain_latents(plain, latents, 4, 4.5)
+    plain.load_lora_weights(tmp_path)
+    x0 = backbone.sample(latents, backbone.encode(PROMPTS), num_steps=4, guidance_scale=4.5)
+    assert torch.equal(x0, plain_latents(plain, latents, 4, 4.5))
+    assert not torch.allclose(x0, base, atol=0.01)
+
+
+def test_lora_targets_of_sd35_medium_on_the_meta_device():
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**SD35_MEDIUM)
+    pipeline = tiny_random_pipeline()
+    pipeline.register_modules(transformer=transformer)
+    backbone = SD3Backbone(pipeline)
+    with torch.device("meta"):
+        model, _ = lora_model(backbone, rank=64)
+
+    layers = [name for name, module in transformer.named_modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 191  # 24 blocks x 8, less the last block's text output
+    assert not [name for name in layers if ".attn2." in name]
+    assert [name for name, _ in transformer.named_modules() if name.endswith("attn2.to_q")]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 191 * 2 * 64 * 1536  # 37.6 M
+    # tiny VAE: latents are a quarter of the image, so 256 px give SD3.5's latents of 512 px
+    assert backbone.latent_shape(256, 256) == (16, 64, 64)
+    conditioning = {
+        "encoder_hidden_states": torch.empty(2, 77 + 128, 4096, device="meta"),
+        "pooled_projections": torch.empty(2, 2048, device="meta"),
+    }
+    velocity = backbone.predict(torch.empty(2, 16, 64, 64, device="meta"), 0.9, conditioning, model=model)
+    assert velocity.shape == (2, 16, 64, 64)
+    assert velocity.requires_grad
+
+
+def test_a_training_step_at_the_full_width_of_sd35_medium():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shallow = {"num_layers": 2, "dual_attention_layers": (0,), "sample_size": 8, "pos_embed_max_size": 8}
+        transformer = SD3Transformer2DModel(**{**SD35_MEDIUM, **shallow})
+    pipeline = tiny_random_pipeline()
+    pipeline.register_modules(transformer=transformer)
+    backbone = SD3Backbone(pipeline)
+    model, _ = lora_model(backbone, rank=64)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in parameters) == 15 * 2 * 64 * 1536
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    conditioning = {"encoder_hidden_states": noise(2, 77, 4096), "pooled_projections": noise(2, 2048)}
+    x0, epsilon = noise(2, 16, 8, 8), noise(2, 16, 8, 8, seed=1)
+
+    def loss():
+        velocity = backbone.predict(backbone.noise(x0, epsilon, 0.8), 0.8, conditioning, model=model)
+        return (velocity - backbone.target(x0, epsilon, 0.8)).square().mean()
+
+    before = loss()
+    before.backward()
+    assert all(p.grad.isfinite().all() for p in parameters)
+    optimizer.step()
+    with torch.no_grad():
+        assert loss() < before
+
+
+# Construction
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "ddim"}, "`sampler` is 'ddim'; it must be one of 'dpm', 'euler', 'sde'"),
+        ({"sigmas": "karras"}, "`sigmas` is 'karras'; it must be one of 'dpm', 'model'"),
+        ({"sampler": "dpm", "sigmas": "model"}, "has a grid of its own; take `sampler='euler'`"),
+    ],
+)
+def test_unknown_samplers_and_grids(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_backbone(**options)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "needs a fixed one"),
+        (DDPMScheduler(), "DDPMScheduler without a flow shift"),
+        (DPMSolverMultistepScheduler(flow_shift=3.0), "DPMSolverMultistepScheduler without a flow shift"),
+    ],
+)
+def test_schedulers_without_a_fixed_shift(scheduler, message):
+    pipeline = tiny_random_pipeline()
+    pipeline.scheduler = scheduler
+    with pytest.raises(ValueError, match=message):
+        SD3Backbone(pipeline)
+
+
+def test_the_shift_is_read_from_the_pipelines_scheduler():
+    pipeline = tiny_random_pipeline()
+    pipeline.scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0
+    )
+    backbone = SD3Backbone(pipeline)
+    assert backbone.shift_factor == backbone.scheduler.config.flow_shift == 2.0
+    with pytest.raises(ValueError, match="only the grid of a FlowMatchEulerDiscreteScheduler"):
+        SD3Backbone(pipeline, sampler="euler", sigmas="model")
+
+
+def test_encoders_and_vae_are_frozen_and_the_transformer_is_left_alone():
+    pipeline = tiny_random_pipeline(third_text_encoder=True)
+    pipeline.text_encoder_3.train()
+    pipeline.transformer.train()
+    backbone = SD3Backbone(pipeline)
+    for module in (backbone.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+        assert not module.training
+        assert not any(p.requires_grad for p in module.parameters())
+    assert backbone.transformer.training
+    assert all(p.requires_grad for p in backbone.transformer.parameters())
+
+
+# Loading
+
+
+@pytest.mark.parametrize("third_text_encoder", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_saved_folder_loads_as_it_was(third_text_encoder, stored, tmp_path):
+    pipeline = tiny_random_pipeline(0, third_text_encoder).to(stored)
+    pipeline.save_pretrained(tmp_path)
+    pipeline.to(torch.float32)
+    backbone = load_backbone(tmp_path, sampler="euler", sigmas="model", max_sequence_length=LENGTH)
+    assert (backbone.pipeline.text_encoder_3 is None) != third_text_encoder
+    latents = noise(2, 4, 8, 8)
+    x0 = backbone.sample(latents, backbone.encode(PROMPTS), num_steps=2, guidance_scale=4.5)
+    assert torch.equal(x0, plain_latents(pipeline, latents, 2, 4.5))
+
+
+def test_dtype_is_that_of_transformer_and_text_encoders(tmp_path):
+    pipeline = tiny_random_pipeline(third_text_encoder=True)
+    pipeline.save_pretrained(tmp_path)
+    for model in (str(tmp_path), pipeline):
+        loaded = load_backbone(model, dtype=torch.bfloat16).pipeline
+        encoders = (loaded.text_encoder, loaded.text_encoder_2, loaded.text_encoder_3)
+        assert {module.dtype for module in (loaded.transformer, *encoders)} == {torch.bfloat16}
+        assert loaded.vae.dtype == torch.float32
+
+
+def test_a_pipeline_is_used_in_place():
+    pipeline = tiny_random_pipeline()
+    backbone = load_backbone(pipeline, negative_prompt="ugly")
+    assert backbone.pipeline is pipeline
+    assert backbone.negative_prompt == "ugly"
+    assert pipeline.transformer.dtype == torch.float32
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "./nowhere", "runs/42/model"])
+def test_a_path_that_does_not_exist(model):
+    with pytest.raises(ValueError, match=f"`model`='{model}' does not exist"):
+        load_backbone(model)
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path):
+    with pytest.raises(ValueError, match=r"has no model_index\.json"):
+        load_backbone(tmp_path)
+
+
+def test_an_id_that_the_hub_does_not_give(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", unreachable)
+    with pytest.raises(ValueError, match="`model`='owner/name' is not a folder here"):
+        load_backbone("owner/name")
+
+
+def test_another_family_is_refused_before_any_weights_are_read(tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
+    with pytest.raises(
+        ValueError, match=r"a FluxPipeline, which is not supported\. Supported: StableDiffusion3Pipeline"
+    ):
+        load_backbone(tmp_path)
+
+
+def test_a_pipeline_of_another_family_is_refused():
+    unet = UNet2DModel(
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    with pytest.raises(ValueError, match="a DDPMPipeline, which is not supported"):
+        load_backbone(DDPMPipeline(unet, DDPMScheduler()))
+    with pytest.raises(TypeError, match="`model` is a UNet2DModel"):
+        load_backbone(unet)
+
+
+def test_a_subclass_of_the_pipeline_is_of_the_family():
+    class MyPipeline(StableDiffusion3Pipeline):
+        pass
+
+    assert load_backbone(MyPipeline(**tiny_random_pipeline().components)).sampler == "dpm"

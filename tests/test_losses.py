@@ -1,0 +1,444 @@
+"""Golden numbers are worked by hand or by an independent calculation in float64."""
+
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from trl_dgpo.advantages import group_advantages
+from trl_dgpo.losses import (
+    clip_errors,
+    denoising_error,
+    dgpo_loss,
+    diffusion_dpo_loss,
+    gpo_loss,
+    group_mean,
+    group_scores,
+)
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# A group of four with rewards 1, 0, .5, .25 at beta = 100.
+ERRORS = f64(0.40, 0.55, 0.50, 0.45)
+REFERENCE = f64(0.42, 0.50, 0.50, 0.44)
+OLD = f64(0.43, 0.52, 0.50, 0.45)
+EXACT = group_advantages(f64(1, 0, 0.5, 0.25), torch.zeros(4, dtype=torch.long), epsilon=0)
+USUAL = group_advantages(f64(1, 0, 0.5, 0.25), torch.zeros(4, dtype=torch.long), epsilon=1e-4)
+GROUP = torch.zeros(4, dtype=torch.long)
+
+
+def close(actual, expected, atol=1e-9):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=atol)
+
+
+def gradient(loss, errors, *args, **kwargs):
+    errors = errors.clone().requires_grad_()
+    out = loss(errors, *args, **kwargs)
+    return out, torch.autograd.grad(getattr(out, "loss", out), errors)[0]
+
+
+# -- denoising error
+
+
+def test_the_error_is_a_mean_over_latent_elements():
+    prediction, target = torch.zeros(2, 1, 2, 2), torch.tensor([[[[1.0, 1], [1, 1]]], [[[4.0, 0], [0, 0]]]])
+    assert denoising_error(prediction, target).tolist() == [1.0, 4.0]
+    assert denoising_error(torch.zeros(2, 7), torch.ones(2, 7)).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "error"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+    ],
+)
+def test_the_error_is_float32_or_wider(prediction, target, error):
+    # 300^2 overflows float16 and rounds in bfloat16.
+    out = denoising_error(torch.full((1, 3), 300.0, dtype=prediction), torch.full((1, 3), -1.0, dtype=target))
+    assert out.dtype == error
+    assert out.item() == 301.0**2
+
+
+# -- one group
+
+
+@pytest.mark.parametrize(
+    ("advantages", "score", "gate", "objective", "loss", "slope"),
+    [
+        (
+            *(EXACT, -2.366431913240, 0.085768508014, 0.089671466089, -0.003986819071),
+            [3.261942876136, -2.537066681439, 0.362438097348, -1.087314292045],
+        ),
+        (
+            *(USUAL, -2.365792086281, 0.085818691598, 0.089726359145, -0.003988073207),
+            [3.262968987375, -2.537864767958, 0.362552109708, -1.087656329125],
+        ),
+    ],
+    ids=["epsilon 0", "epsilon 1e-4"],
+)
+def test_dgpo_of_a_group(advantages, score, gate, objective, loss, slope):
+    out, grad = gradient(dgpo_loss, ERRORS, REFERENCE, advantages, GROUP, beta=100.0)
+    close(out.score, [score])
+    close(out.gate, [gate])
+    close(out.objective, objective)
+    close(out.loss.detach(), loss)
+    close(grad, [s / 100 for s in slope])
+    close(group_scores(ERRORS, REFERENCE, advantages, GROUP, beta=100.0), [score])
+
+    out, grad = gradient(dgpo_loss, ERRORS, REFERENCE, advantages, GROUP, beta=100.0, loss_type="logsigmoid")
+    close(out.score, [score])
+    close(out.objective, objective)
+    close(out.loss.detach(), objective)
+    close(grad, slope)
+
+
+@pytest.mark.parametrize("beta", [1.0, 10.0, 100.0, 2000.0])
+def test_gradients_in_closed_form(beta):
+    surrogate, small = gradient(dgpo_loss, ERRORS, REFERENCE, USUAL, GROUP, beta=beta)
+    _, large = gradient(dgpo_loss, ERRORS, REFERENCE, USUAL, GROUP, beta=beta, loss_type="logsigmoid")
+    close(large, (torch.sigmoid(surrogate.score) * beta / 4 * USUAL).tolist())
+    close(beta * small, large.tolist())
+
+
+def test_the_sum_over_the_group_is_the_mean_at_a_larger_beta():
+    out, grad = gradient(dgpo_loss, ERRORS, REFERENCE, EXACT, GROUP, beta=4.0, loss_type="logsigmoid")  # G = 4
+    close(out.score, [-0.094657276530])
+    close(out.loss.detach(), 0.646938124411)
+    close(grad, [0.724665685193, -0.563628866261, 0.080518409466, -0.241555228398])
+
+
+def test_policy_at_the_reference():
+    out, grad = gradient(dgpo_loss, REFERENCE, REFERENCE, EXACT, GROUP, beta=100.0)
+    assert out.score.tolist() == [0]
+    assert out.gate.tolist() == [0.5]
+    close(out.objective, math.log(2))
+    close(out.loss.detach(), -0.011409582439)
+    close(grad, [0.19015970731392, -0.14790199457749, 0.02112885636821, -0.06338656910464])
+    close(100 * grad, (100 / 8 * EXACT).tolist())
+
+
+@pytest.mark.parametrize("loss_type", ["surrogate", "logsigmoid"])
+def test_equal_rewards_teach_nothing(loss_type):
+    advantages = group_advantages(f64(0.7, 0.7, 0.7, 0.7), GROUP)
+    out, grad = gradient(dgpo_loss, ERRORS, REFERENCE, advantages, GROUP, beta=100.0, loss_type=loss_type)
+    close(out.objective, math.log(2), atol=1e-15)
+    assert grad.tolist() == [0] * 4
+
+
+def test_the_gate_opens_on_a_wrong_preference_and_closes_on_a_learned_one():
+    gates = [
+        dgpo_loss(REFERENCE + slip * EXACT, REFERENCE, EXACT, GROUP, beta=100.0).gate.item()
+        for slip in (-0.05, 0, 0.05)
+    ]
+    assert gates[0] < 0.01
+    assert gates[1] == 0.5
+    assert gates[2] > 0.99
+
+
+# -- the partition function
+
+
+def with_partition(log_z, advantages):
+    # log Z(c) adds one number to every sample's preference beta / G (d_ref - d) of a group.
+    return dgpo_loss(ERRORS - log_z * 4 / 100, REFERENCE, advantages, GROUP, beta=100.0).objective
+
+
+def test_the_partition_function_cancels():
+    close(torch.stack([with_partition(log_z, EXACT) for log_z in (0, 3.7, -50)]), [0.089671466089] * 3)
+
+
+def test_it_does_not_where_advantages_have_a_sum():
+    broken = EXACT.clone()
+    broken[0] = 0.8
+    close(torch.stack([with_partition(log_z, broken) for log_z in (0, 3.7)]), [0.126239217698, 1.078572099075])
+
+
+# -- Diffusion-DPO
+
+
+def test_two_samples_are_diffusion_dpo():
+    errors, reference = f64(0.40, 0.55), f64(0.42, 0.50)
+    dpo = diffusion_dpo_loss(errors[:1], reference[:1], errors[1:], reference[1:], beta=20.0)
+    dgpo = dgpo_loss(errors, reference, f64(1, -1), GROUP[:2], beta=20.0).objective
+    close(torch.stack([dpo, dgpo]), [0.403186048885] * 2)
+    # diffusers' example, which leaves out the 1/2, at half the beta
+    close(-F.logsigmoid(-10.0 * ((errors - reference)[0] - (errors - reference)[1])), 0.403186048885)
+
+
+def test_diffusion_dpo_is_a_mean_over_pairs():
+    w, w_ref, l, l_ref = torch.rand(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))  # noqa: E741
+    alone = [diffusion_dpo_loss(w[i], w_ref[i], l[i], l_ref[i], beta=5.0) for i in range(5)]
+    close(diffusion_dpo_loss(w, w_ref, l, l_ref, beta=5.0), torch.stack(alone).mean().item())
+
+
+# -- clip
+
+
+@pytest.mark.parametrize(
+    ("clip_range", "mask", "slope"),
+    [
+        (0.001, [True, True, False, False], [0, 0, 0.003624380973, -0.010873142920]),
+        (0.010, [True, True, False, False], [0, 0, 0.003624380973, -0.010873142920]),
+        (0.050, [False] * 4, [0.032619428761, -0.025370666814, 0.003624380973, -0.010873142920]),
+    ],
+)
+def test_clip(clip_range, mask, slope):
+    # ratios 1.0304 for a better and .9704 for a worse sample, 1 for the others
+    clipped_loss = {}
+
+    def loss(errors):
+        errors, clipped_loss["mask"] = clip_errors(errors, OLD, EXACT, clip_range)
+        return dgpo_loss(errors, REFERENCE, EXACT, GROUP, beta=100.0)
+
+    out, grad = gradient(loss, ERRORS)
+    assert clipped_loss["mask"].tolist() == mask
+    close(grad, slope)
+    close(out.loss.detach(), -0.003986819071)  # clipped samples keep their value
+    close(out.score, [-2.366431913240])
+
+
+def test_the_clip_holds_one_side_of_each_sign():
+    old, advantages = f64(0.5, 0.5, 0.5, 0.5, 0.5), f64(1, 1, -1, -1, 0)
+    errors = f64(0.4, 0.6, 0.6, 0.4, 0.6)  # ratio 1.105, .905, .905, 1.105, .905
+    assert clip_errors(errors, old, advantages, 0.1)[1].tolist() == [True, False, False, False, False]
+    assert clip_errors(errors, old, advantages, 0.05)[1].tolist() == [True, False, True, False, True]
+    assert not clip_errors(errors, errors, advantages, 0.0)[1].any()  # the old policy is the policy
+
+
+# -- several groups
+
+
+def test_two_groups_with_a_common_deviation():
+    group_index = torch.arange(2).repeat_interleave(4)
+    advantages = group_advantages(f64(1, 0, 0.5, 0.25, 0.8, 0.8, 0.6, 0.6), group_index, scale="batch")
+    errors = torch.cat([ERRORS, f64(0.30, 0.31, 0.33, 0.36)])
+    reference = torch.cat([REFERENCE, f64(0.31, 0.31, 0.31, 0.31)])
+    out, grad = gradient(dgpo_loss, errors, reference, advantages, group_index, beta=100.0)
+    close(out.score, [-2.906252805342, -0.664286355507])
+    close(out.objective, 0.234207931072)
+    close(out.loss.detach(), -0.002608397410)
+    close(grad[:4], [0.012107863295, -0.009417227007, 0.001345318144, -0.004035954432])
+    close(grad[4:], [0.014106843153, 0.014106843153, -0.014106843153, -0.014106843153])
+
+
+def a_round(seed=0):
+    """
+    Five groups of six: gates far apart, some samples clipped, one NaN, one group of equal rewards, one of NaN alone.
+    """
+    random = torch.Generator().manual_seed(seed)
+    group_index = torch.arange(5).repeat_interleave(6)
+    rewards = torch.rand(len(group_index), generator=random, dtype=torch.float64)
+    rewards[2] = math.nan
+    rewards[group_index == 3] = 0.7
+    rewards[group_index == 4] = math.nan
+    advantages = group_advantages(rewards, group_index)
+    reference = 0.4 + 0.2 * torch.rand(len(rewards), generator=random, dtype=torch.float64)
+    # Group 0 has learned its preference, group 1 its reverse.
+    learned = torch.tensor([-0.08, 0.08, 0.0, 0.0, 0.0], dtype=torch.float64)[group_index]
+    errors = reference + learned * advantages + 0.02 * torch.randn(len(rewards), generator=random, dtype=torch.float64)
+    old = errors + 0.03 * torch.randn(len(rewards), generator=random, dtype=torch.float64)
+    valid = ~rewards.isnan()
+    return SimpleNamespace(
+        errors=errors, reference=reference, old=old, advantages=advantages, group_index=group_index, rewards=rewards,
+        valid=valid, sizes=torch.zeros(5, dtype=torch.long).index_add(0, group_index, valid.long()),
+    )  # fmt: skip
+
+
+LOSSES = {
+    "dgpo surrogate": partial(dgpo_loss, loss_type="surrogate", beta=20.0),
+    "dgpo logsigmoid": partial(dgpo_loss, loss_type="logsigmoid", beta=20.0),
+    "gpo linear": partial(gpo_loss, loss_type="linear"),
+    "gpo logsigmoid": partial(gpo_loss, loss_type="logsigmoid", beta=20.0),
+}
+ALL = slice(None)
+
+
+def loss_of(name, errors, r, rows=ALL, **options):
+    return LOSSES[name](errors, r.reference[rows], r.advantages[rows], r.group_index[rows], **options)
+
+
+def test_the_round_acts():
+    r = a_round()
+    gates = loss_of("dgpo surrogate", r.errors, r, group_sizes=r.sizes).gate[:3].sort().values
+    assert (gates.diff() >= 0.2).all()
+    _, clipped = clip_errors(r.errors, r.old, r.advantages, 0.01)
+    assert 0.2 <= clipped[r.valid].double().mean() <= 0.8
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [slice(0, 6), slice(6, 18), slice(18, 30)],  # whole groups
+        [slice(0, 4), slice(4, 16), slice(16, 30)],  # parts of groups
+        [slice(0, 30, 3), slice(1, 30, 3), slice(2, 30, 3)],  # a third of every group
+        [slice(i, i + 1) for i in range(30)],
+    ],
+    ids=["whole groups", "split groups", "thirds", "single samples"],
+)
+def test_parts_add_up_to_the_whole(name, parts):
+    r = a_round()
+
+    def clipped(errors, rows=ALL, **options):
+        errors, _ = clip_errors(errors, r.old[rows], r.advantages[rows], 0.01)
+        return loss_of(name, errors, r, rows, group_sizes=r.sizes, **options)
+
+    whole, expected = gradient(clipped, r.errors)
+    beta = 1.0 if name == "gpo linear" else 20.0
+    scores = sum(
+        group_scores(r.errors[p], r.reference[p], r.advantages[p], r.group_index[p], beta=beta, group_sizes=r.sizes)
+        for p in parts
+    )
+    close(scores, whole.score.tolist(), atol=1e-12)
+
+    def of_parts(scores):
+        grad = torch.zeros_like(r.errors)
+        for rows in parts:
+            out, grad[rows] = gradient(clipped, r.errors[rows], rows=rows, scores=scores)
+        return out, grad
+
+    out, grad = of_parts(scores)
+    close(grad, expected.tolist(), atol=1e-12)
+    close(out.objective, whole.objective.item(), atol=1e-12)
+    close(out.gate, whole.gate.tolist(), atol=1e-12)
+    if name != "gpo linear" and parts[0] != slice(0, 6):  # a gate from a part alone is another gate
+        assert (of_parts(None)[1] - expected).norm() > 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_order_of_samples_is_free(name):
+    r, order = a_round(), torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    whole, expected = gradient(partial(loss_of, name), r.errors, r, ALL, group_sizes=r.sizes)
+    out, grad = gradient(partial(loss_of, name), r.errors[order], r, order, group_sizes=r.sizes)
+    close(grad, expected[order].tolist(), atol=1e-12)
+    close(out.score, whole.score.tolist(), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_failed_reward_was_never_drawn(name):
+    r = a_round()
+    out, grad = gradient(partial(loss_of, name), r.errors, r, ALL, group_sizes=r.sizes)
+    without, expected = gradient(partial(loss_of, name), r.errors[r.valid], r, r.valid, group_sizes=r.sizes)
+    assert (grad[~r.valid] == 0).all()
+    close(grad[r.valid], expected.tolist(), atol=1e-12)
+    close(out.loss.detach(), without.loss.item(), atol=1e-12)
+    counted = loss_of(name, r.errors[r.valid], r, r.valid, num_groups=5)  # sizes counted from what is there
+    close(out.score, counted.score.tolist(), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_groups_without_a_preference_count_but_do_not_pull(name):
+    r = a_round()
+    out, grad = gradient(partial(loss_of, name), r.errors, r, ALL, group_sizes=r.sizes)
+    assert (grad[r.group_index >= 3] == 0).all()
+    assert out.score[3:].tolist() == [0, 0]
+    rows = r.group_index < 3
+    skipped, expected = gradient(partial(loss_of, name), r.errors[rows], r, rows, group_sizes=r.sizes, num_groups=5)
+    close(grad[rows], expected.tolist(), atol=1e-12)
+    close(out.objective, skipped.objective.item(), atol=1e-12)
+    _, fewer = gradient(partial(loss_of, name), r.errors[rows], r, rows, group_sizes=r.sizes[:3])
+    close(grad[rows], (fewer * 3 / 5).tolist(), atol=1e-12)  # N is all groups
+
+
+def test_group_mean_weighs_as_the_losses_do():
+    r = a_round()
+    values = torch.rand(30, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    by_hand = [values[r.valid & (r.group_index == g)].mean() for g in range(4)]  # the fifth group has no valid sample
+    mean = group_mean(values * r.valid, r.group_index, group_sizes=r.sizes)
+    close(mean, (sum(by_hand) / 5).item(), atol=1e-12)
+    parts = [group_mean((values * r.valid)[i::4], r.group_index[i::4], group_sizes=r.sizes) for i in range(4)]
+    close(sum(parts), mean.item(), atol=1e-12)
+    close(group_mean(f64(1, 3, 8), torch.tensor([0, 0, 1])), 5.0)
+
+
+def test_advantages_may_be_wider_than_errors():
+    r = a_round()
+    for loss_type in ("surrogate", "logsigmoid"):
+        out = dgpo_loss(
+            r.errors.float(),
+            r.reference.float(),
+            r.advantages,
+            r.group_index,
+            beta=20.0,
+            group_sizes=r.sizes,
+            loss_type=loss_type,
+        )
+        assert out.loss.dtype == out.score.dtype == torch.float32
+
+
+# -- the paper's own normalisation
+
+
+def test_the_papers_beta():
+    # Its score sums x0-errors over latent elements and group; ours takes the mean of velocity errors over both.
+    random, sigma, beta = torch.Generator().manual_seed(0), 0.666, 3.0
+    x0, noise, slip, slip_ref = torch.randn(4, 4, 2, 3, 3, dtype=torch.float64, generator=random)
+    velocity, num_elements, x_t = noise - x0, x0[0].numel(), (1 - sigma) * x0 + sigma * noise
+    x0_error, x0_reference = ((x_t - sigma * (velocity + s) - x0).square().flatten(1).sum(1) for s in (slip, slip_ref))
+    paper = beta * (EXACT * (x0_error - x0_reference)).sum()
+    errors, reference = (denoising_error(velocity + s, velocity) for s in (slip, slip_ref))
+    ours = group_scores(errors, reference, EXACT, GROUP, beta=beta * 4 * num_elements * sigma**2)
+    close(ours, [paper.item()])
+
+
+# -- GPO
+
+
+def test_linear_gpo_by_hand():
+    errors = f64(0.1, -0.2, 0.05, 0.3)
+    out, grad = gradient(gpo_loss, errors, torch.zeros(4, dtype=torch.float64), EXACT)
+    close(out.loss.detach(), 0.061273683468)
+    close(out.objective, 0.061273683468)
+    close(grad, (EXACT / 4).tolist())
+    assert out.gate.tolist() == [1]
+
+
+def test_linear_gpo_needs_no_reference():
+    out, grad = gradient(gpo_loss, ERRORS, REFERENCE, EXACT, GROUP)
+    without, same = gradient(gpo_loss, ERRORS, None, EXACT, GROUP)
+    assert torch.equal(grad, same)
+    close(out.loss.detach() - without.loss.detach(), (-(EXACT * REFERENCE).mean()).item())
+
+
+def test_linear_gpo_is_all_pairs_weighted_by_reward_differences():
+    rewards, scores = f64(1, 0, 0.5, 0.25), ERRORS - REFERENCE
+    pairs = sum((rewards[i] - rewards[j]) * (scores[i] - scores[j]) for i in range(4) for j in range(i + 1, 4))
+    plain = group_advantages(rewards, GROUP, scale="none")
+    close(16 * gpo_loss(ERRORS, REFERENCE, plain, GROUP).loss, pairs.item())
+
+
+def test_logsigmoid_gpo_is_dgpo_and_starts_as_linear():
+    ours, grad = gradient(gpo_loss, ERRORS, REFERENCE, EXACT, GROUP, loss_type="logsigmoid", beta=100.0)
+    dgpo, expected = gradient(dgpo_loss, ERRORS, REFERENCE, EXACT, GROUP, loss_type="logsigmoid", beta=100.0)
+    assert torch.equal(grad, expected)
+    assert torch.equal(ours.score, dgpo.score)
+    # (2 / beta) (L - log 2) goes to the linear loss as beta goes to 0
+    errors, zeros, beta = f64(0.1, -0.2, 0.05, 0.3), torch.zeros(4, dtype=torch.float64), 1e-6
+    loss = gpo_loss(errors, zeros, EXACT, GROUP, loss_type="logsigmoid", beta=beta).loss
+    close(2 / beta * (loss - math.log(2)), 0.061273683468, atol=1e-7)
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: dgpo_loss(ERRORS, REFERENCE, EXACT, GROUP, beta=1.0, loss_type="linear"), "DGPO has 'surrogate'"),
+        (lambda: gpo_loss(ERRORS, REFERENCE, EXACT, GROUP, loss_type="surrogate"), "GPO has 'linear'"),
+        (lambda: gpo_loss(ERRORS, None, EXACT, GROUP, loss_type="logsigmoid"), "`reference_errors` must be given"),
+        (lambda: gpo_loss(ERRORS, REFERENCE), "`advantages` must be given"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

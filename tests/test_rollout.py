@@ -1,0 +1,138 @@
+import pytest
+import torch
+
+from trl_dgpo.rollout import GroupRolloutBuffer, Rollout
+
+
+NAN = float("nan")
+
+
+def rollout(**changes):
+    """Groups 3, 4, 7 and 9 of 2, 3, 1 and 2 rollouts; every value tells its row."""
+    fields = {
+        "x0": torch.arange(8.0).view(8, 1, 1, 1).expand(8, 2, 3, 3).clone(),
+        "conditioning": {
+            "embeds": torch.arange(4.0).view(4, 1, 1).expand(4, 5, 6).clone(),
+            "pooled": torch.arange(4.0),
+        },
+        "rewards": torch.tensor([0, NAN, 2, 3, 4, 5, NAN, NAN], dtype=torch.float64),
+        "advantages": torch.arange(8.0),
+        "group_index": torch.tensor([3, 3, 4, 4, 4, 7, 9, 9]),
+    }
+    return Rollout(**fields | changes)
+
+
+def same(a: Rollout, b: Rollout) -> bool:
+    a, b = ({**r.state_dict(), **r.conditioning} for r in (a, b))
+    a.pop("conditioning"), b.pop("conditioning")
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k].nan_to_num(-1), b[k].nan_to_num(-1)) for k in a
+    )
+
+
+def test_what_follows_from_the_fields():
+    r = rollout()
+    assert r.num_groups == 4
+    assert r.groups.tolist() == [3, 4, 7, 9]
+    assert r.local_index.tolist() == [0, 0, 1, 1, 1, 2, 3, 3]
+    assert r.valid.tolist() == [True, False, True, True, True, True, False, False]
+    assert r.group_sizes.tolist() == [1, 3, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("num_parts", "rows"), [(1, [range(8)]), (2, [range(5), range(5, 8)]), (4, [(0, 1), (2, 3, 4), (5,), (6, 7)])]
+)
+def test_parts_are_whole_groups(num_parts, rows):
+    r, size = rollout(), 4 // num_parts
+    for index in range(num_parts):
+        part = r.part(index, num_parts)
+        assert part.advantages.tolist() == list(rows[index])
+        assert part.x0[:, 1, 2, 2].tolist() == list(rows[index])
+        assert part.groups.tolist() == [3, 4, 7, 9][index * size :][:size]
+        assert part.conditioning["pooled"].tolist() == list(range(index * size, (index + 1) * size))
+        assert part.conditioning["embeds"].shape == (size, 5, 6)
+        assert part.group_sizes.tolist() == [1, 3, 1, 0][index * size :][:size]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": torch.zeros(7)}, "lengths are .*'rewards': 7"),
+        ({"x0": torch.zeros(9, 2, 3, 3)}, "lengths are .*'x0': 9"),
+        ({"advantages": torch.zeros(8, 1)}, r"shapes are .*'advantages': \(8, 1\)"),
+        ({"group_index": torch.tensor([3, 3, 4, 4, 3, 7, 9, 9])}, "must ascend"),
+        ({"group_index": torch.tensor([3, 3, 4, 4, 4, 4, 9, 9])}, "3 groups, but the rows are .*'embeds': 4"),
+        ({"conditioning": {"pooled": torch.zeros(8, 2)}}, "4 groups, but the rows are .*'pooled': 8"),  # one an image
+    ],
+)
+def test_bad_shapes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        rollout(**changes)
+
+
+def test_groups_that_do_not_divide():
+    with pytest.raises(ValueError, match="4 groups cannot be divided into 3 equal parts"):
+        rollout().part(0, 3)
+
+
+def test_a_rollout_is_whole_and_stays_so():
+    with pytest.raises(AttributeError):
+        rollout().rewards = torch.zeros(8)
+
+
+def test_buffer():
+    buffer = GroupRolloutBuffer()
+    with pytest.raises(ValueError, match="buffer is empty"):
+        _ = buffer.record
+    first, second = rollout(), rollout(advantages=torch.ones(8))
+    buffer.fill(first, round=0)
+    buffer.fill(second, round=1)
+    assert buffer.record is second
+    assert buffer.round == 1
+    buffer.clear()
+    with pytest.raises(ValueError, match="buffer is empty"):
+        _ = buffer.record
+
+
+def test_micro_batches_make_up_the_round():
+    buffer = GroupRolloutBuffer()
+    buffer.fill(rollout(), round=0)
+    groups = [[m.groups.tolist() for m in buffer.micro_batches(update, 2, 2)] for update in range(2)]
+    assert groups == [[[3], [4]], [[7], [9]]]
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_saved_buffer_comes_back_to_the_bit(tmp_path, filled):
+    buffer, restored = GroupRolloutBuffer(), GroupRolloutBuffer()
+    if filled:
+        buffer.fill(rollout(x0=torch.randn(8, 2, 3, 3).bfloat16()), round=5)
+    else:
+        restored.fill(rollout(), round=4)
+    torch.save(buffer.state_dict(), tmp_path / "buffer.pt")
+    restored.load_state_dict(torch.load(tmp_path / "buffer.pt", weights_only=True))
+    assert restored.round == buffer.round
+    if filled:
+        assert same(restored.record, buffer.record)
+    else:
+        with pytest.raises(ValueError, match="buffer is empty"):
+            _ = restored.record
+
+
+class Numbers(list):
+    def part(self, index, num_parts):
+        return Numbers(self[index::num_parts])
+
+    def state_dict(self):
+        return {"numbers": list(self)}
+
+    @classmethod
+    def from_state_dict(cls, state):
+        return cls(state["numbers"])
+
+
+def test_a_buffer_takes_other_records():
+    buffer, restored = GroupRolloutBuffer(Numbers), GroupRolloutBuffer(Numbers)
+    buffer.fill(Numbers(range(8)), round=2)
+    restored.load_state_dict(buffer.state_dict())
+    assert restored.micro_batches(1, 2, 2) == [[1, 5], [3, 7]]
+    assert isinstance(restored.record, Numbers)

@@ -1,0 +1,166 @@
+"""Every number that does not fit is told with its value, the rule, and one that fits."""
+
+import warnings
+
+import pytest
+from tiny_trainers import tiny_config
+
+from trl_dgpo import DGPOConfig, GPOConfig
+
+
+def test_the_round_decides_the_accumulation(tmp_path):
+    assert tiny_config(tmp_path).gradient_accumulation_steps == 4 * 2  # groups x levels
+    assert tiny_config(tmp_path, per_device_train_batch_size=8).gradient_accumulation_steps == 2 * 2
+    config = tiny_config(tmp_path, updates_per_round=2, num_iterations=3)
+    assert config.gradient_accumulation_steps == 2 * 2
+    assert config.micro_batches_per_update == 2
+    assert config.steps_per_round == 6
+    assert tiny_config(tmp_path, gradient_accumulation_steps=8).gradient_accumulation_steps == 8
+
+
+def test_accumulation_counts_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(DGPOConfig, "world_size", 2)
+    assert tiny_config(tmp_path).gradient_accumulation_steps == 2 * 2
+    monkeypatch.setattr(DGPOConfig, "world_size", 3)
+    with pytest.raises(ValueError, match=r"1 x 3 x 1 = 3.*prompts_per_round=3 or 6"):
+        tiny_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_generations": 1}, "`num_generations` is 1; a group needs at least 2"),
+        ({"per_device_train_batch_size": 6}, r"\(6\) must be a multiple of `num_generations` \(4\).* size of 4, .*=3`"),
+        ({"per_device_train_batch_size": 1}, r"\(1\) must be a multiple of `num_generations` \(4\).* size of 4\.$"),
+        ({"prompts_per_round": 5, "updates_per_round": 2}, r"`prompts_per_round` \(5\).*prompts_per_round=4 or 6"),
+        ({"prompts_per_round": 1, "updates_per_round": 2}, r"`prompts_per_round` \(1\).*prompts_per_round=2`"),
+        ({"gradient_accumulation_steps": 3}, "`gradient_accumulation_steps` is 3, but the round makes it 8.*unset"),
+        ({"t_min": -0.1}, r"`t_min` is -0.1; .* in \[0, 1\)\. 0 trains on all levels"),
+        ({"t_min": 1.0}, r"`t_min` is 1.0; .* in \[0, 1\)"),
+        ({"t_min": float("nan")}, "`t_min` is nan"),
+        ({"num_train_timesteps": 5}, r"\(5\).*`sample_num_steps` \(4\).*timestep_sampling='continuous'"),
+        ({"prompt_dropout": 1.0}, r"`prompt_dropout` is 1.0; .* in \[0, 1\)"),
+        ({"beta": 0.0}, r"`beta` is 0.0; it must be above 0\.$"),
+        ({"beta": None}, r"`beta` is None; it must be above 0\.$"),
+        ({"clip_range": 0.0}, "`clip_range` is 0.0; it must be above 0; None turns it off"),
+        ({"advantage_clip": -1.0}, "`advantage_clip` is -1.0; it must be above 0; None turns it off"),
+        ({"kl_coef": -0.1}, "`kl_coef` is -0.1; it must be 0 .* or more"),
+        ({"kl_coef": float("nan")}, "`kl_coef` is nan"),
+        ({"old_policy_after": -1}, "`old_policy_after` is -1; .* 0 or more. None for never"),
+        ({"loss_type": "linear"}, "`loss_type` is 'linear'; it must be one of 'surrogate', 'logsigmoid'"),
+        ({"sampler": "ddim"}, "`sampler` is 'ddim'; it must be one of 'dpm', 'euler', 'sde'"),
+        ({"reference": "ema"}, "`reference` is 'ema'; it must be one of"),
+        ({"timestep_sampling": "beta"}, "`timestep_sampling` is 'beta'; it must be one of"),
+        ({"scale_rewards": "max"}, "`scale_rewards` is 'max'; it must be one of"),
+        *[
+            ({name: 0}, f"`{name}` is 0; it must be at least 1")
+            for name in ("prompts_per_round", "sample_num_steps", "num_iterations", "updates_per_round", "ema_every")
+        ],
+    ],
+)
+def test_what_does_not_fit_is_told(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, **config)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [(True, "group"), (False, "none"), ("True", "group"), ("batch", "batch"), ("sign", "sign")],
+)
+def test_scale_rewards_takes_trls_forms(tmp_path, given, meant):
+    assert tiny_config(tmp_path, scale_rewards=given).scale_rewards == meant
+
+
+def test_continuous_levels_are_not_bound_by_the_grid(tmp_path):
+    assert tiny_config(tmp_path, num_train_timesteps=9, timestep_sampling="continuous").num_train_timesteps == 9
+
+
+def test_grpos_beta_is_told_apart(tmp_path):
+    with pytest.warns(UserWarning, match=r"`beta` is 0.04: .*`kl_coef` here"):
+        tiny_config(tmp_path, beta=0.04)
+
+
+@pytest.mark.parametrize("config_class", [DGPOConfig, GPOConfig])
+def test_defaults_warn_of_nothing(tmp_path, config_class):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config_class(output_dir=str(tmp_path), use_cpu=True)
+
+
+def test_bf16_is_off_where_there_is_none(tmp_path):
+    assert not tiny_config(tmp_path).bf16
+    assert tiny_config(tmp_path, bf16=True).bf16
+
+
+@pytest.mark.parametrize(
+    ("config", "is_on"),
+    [
+        ({}, True),
+        ({"gradient_checkpointing": False}, False),
+        ({"activation_checkpointing": False}, False),
+        ({"gradient_checkpointing": False, "activation_checkpointing": True}, True),
+    ],
+)
+def test_checkpointing_is_known_by_both_names(tmp_path, config, is_on):
+    assert DGPOConfig(output_dir=str(tmp_path), use_cpu=True, **config).activation_checkpointing is is_on
+
+
+@pytest.mark.parametrize(
+    ("config_class", "values"),
+    [
+        (
+            DGPOConfig,
+            {
+                "num_generations": 24,
+                "prompts_per_round": 24,
+                "per_device_train_batch_size": 24,
+                "beta": 100.0,
+                "loss_type": "surrogate",
+                "kl_coef": 0.001,
+                "clip_range": 1e-3,
+                "num_train_timesteps": 4,
+                "t_min": 0.4,
+                "num_iterations": 1,
+                "updates_per_round": 1,
+                "scale_rewards": "group",
+                "advantage_clip": 5.0,
+                "sample_num_steps": 10,
+                "sample_guidance_scale": 4.5,
+                "eval_guidance_scale": 4.5,
+                "eval_num_steps": 40,
+                "reference": "frozen",
+                "old_policy_after": 200,
+                "resolution": 512,
+                "learning_rate": 3e-4,
+                "weight_decay": 1e-4,
+                "max_grad_norm": 1.0,
+                "gradient_accumulation_steps": 24 * 4,
+            },
+        ),
+        (
+            GPOConfig,
+            {
+                "num_generations": 32,
+                "prompts_per_round": 8,
+                "loss_type": "linear",
+                "kl_coef": 0.0,
+                "clip_range": None,
+                "num_train_timesteps": 5,
+                "t_min": 0.0,
+                "num_iterations": 3,
+                "advantage_clip": None,
+                "reference": "refreshed",
+                "old_policy_after": None,
+                "learning_rate": 1e-4,
+            },
+        ),
+    ],
+)
+def test_defaults_are_the_published_ones(tmp_path, config_class, values):
+    config = config_class(output_dir=str(tmp_path), use_cpu=True)
+    assert {name: getattr(config, name) for name in values} == values
+
+
+def test_gpos_learning_rate_depends_on_what_is_trained(tmp_path):
+    assert GPOConfig(output_dir=str(tmp_path), use_cpu=True, use_lora=False).learning_rate == 2e-8
+    assert GPOConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-3).learning_rate == 1e-3

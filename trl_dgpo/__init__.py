@@ -1,0 +1,27 @@
+"""Reinforcement learning for text-to-image diffusion models in Hugging Face TRL: DGPO, GPO and what they are made of."""
+
+from importlib import import_module
+
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "DGPOConfig": ".trainer.dgpo_config",
+    "DGPOTrainer": ".trainer.dgpo_trainer",
+    "GPOConfig": ".trainer.gpo_config",
+    "GPOTrainer": ".trainer.gpo_trainer",
+    "GroupRolloutBuffer": ".rollout",
+    "Rollout": ".rollout",
+}
+
+__all__ = [*_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,111 @@
+r"""
+Rewards of a group to advantages.
+
+A group is the rollouts of one prompt that were drawn together. `NaN` marks a reward that failed: its sample is out of
+every statistic and has advantage 0, as if it had not been drawn.
+"""
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_index: Tensor,
+    *,
+    scale: str | bool = "group",
+    epsilon: float = 1e-4,
+    clip: float | None = 5.0,
+    recenter_clipped: bool = False,
+) -> Tensor:
+    r"""
+    Centred and scaled reward of each rollout within its group.
+
+    \\( A_i = (r_i - \mathrm{mean}(r)) / (\mathrm{std}(r) + \epsilon) \\) with the population standard deviation (DGPO,
+    [2510.08425](https://huggingface.co/papers/2510.08425), Eq. 13; the authors' code adds \\( \epsilon = 10^{-4} \\)).
+    Since \\( \sum_i A_i = 0 \\), the partition function \\( Z(c) \\) cancels from the group preference; clipping
+    breaks that sum for groups of 27 and more, and `recenter_clipped` restores it.
+
+    A group whose valid rewards are all equal has advantages of exactly 0.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B,)`):
+            Rewards, `NaN` where failed.
+        group_index (`torch.Tensor` of shape `(B,)`):
+            Group of each rollout, 0..N-1.
+        scale (`str` or `bool`, *optional*, defaults to `"group"`):
+            Divide by the standard deviation of the group (`"group"` or `True`), of all valid rewards given (`"batch"`;
+            the mean stays the group's), or by nothing (`"none"` or `False`). `"sign"` counts wins minus losses within
+            the group instead: GPO's hard-sign ablation ([2505.11070](https://huggingface.co/papers/2505.11070)), of
+            sum 0, unlike the sign of \\( A \\).
+        epsilon (`float`, *optional*, defaults to `1e-4`):
+            Added to the deviation.
+        clip (`float` or `None`, *optional*, defaults to `5.0`):
+            Bound on \\( |A_i| \\), whatever the scale; `None` for no bound, as in GPO. `"none"` and `"sign"` reach it
+            easily: a win over all of a group of 24 counts 23.
+        recenter_clipped (`bool`, *optional*, defaults to `False`):
+            Subtract the group's mean again after clipping. An advantage may then exceed `clip` by that mean.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, dtype of `rewards`.
+
+    Raises:
+        `ValueError`: for an unknown `scale`.
+    """
+    scale = {True: "group", False: "none"}.get(scale, scale)
+    if scale not in ("group", "batch", "none", "sign"):
+        raise ValueError(f"`scale` is {scale!r}; it must be 'group', 'batch', 'none', 'sign', True or False.")
+    valid = ~rewards.isnan()
+    rewards = rewards.masked_fill(~valid, 0.0)
+    centred = _centre(rewards, group_index, valid)
+    if scale == "sign":
+        rivals = (group_index[:, None] == group_index) & valid[:, None] & valid
+        advantages = ((rewards[:, None] - rewards).sign() * rivals).sum(1)
+    elif scale == "none":
+        advantages = centred
+    else:
+        pool = group_index if scale == "group" else torch.zeros_like(group_index)
+        variance = _group_mean(_centre(rewards, pool, valid).square(), pool, valid)
+        advantages = centred / (variance.sqrt() + epsilon)[pool]
+    # Equal rewards may leave rounding in the mean; their advantages are 0, not noise over epsilon.
+    advantages = advantages.masked_fill(~valid | zero_variance(rewards, group_index, valid)[group_index], 0.0)
+    if clip is not None:
+        clipped = advantages.clamp(-clip, clip)
+        advantages = _centre(clipped, group_index, valid) if recenter_clipped else clipped
+    return advantages
+
+
+def zero_variance(rewards: Tensor, group_index: Tensor, valid: Tensor | None = None) -> Tensor:
+    """
+    Groups that hold no preference: largest and smallest valid reward are equal, or fewer than two are valid.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B,)`):
+            Rewards, `NaN` where failed.
+        group_index (`torch.Tensor` of shape `(B,)`):
+            Group of each rollout, 0..N-1.
+        valid (`torch.Tensor` of shape `(B,)`, *optional*):
+            Mask of the rewards that count; those that are not `NaN` if not given.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, bool.
+    """
+    valid = ~rewards.isnan() if valid is None else valid
+    infinity = torch.full((_count(group_index),), torch.inf, dtype=rewards.dtype, device=rewards.device)
+    highest = (-infinity).scatter_reduce(0, group_index, rewards.masked_fill(~valid, -torch.inf), "amax")
+    lowest = infinity.scatter_reduce(0, group_index, rewards.masked_fill(~valid, torch.inf), "amin")
+    return highest <= lowest
+
+
+def _centre(values: Tensor, group_index: Tensor, valid: Tensor) -> Tensor:
+    return (values - _group_mean(values, group_index, valid)[group_index]).masked_fill(~valid, 0.0)
+
+
+def _group_mean(values: Tensor, group_index: Tensor, valid: Tensor) -> Tensor:
+    zeros = values.new_zeros(_count(group_index))
+    total = zeros.index_add(0, group_index, values.masked_fill(~valid, 0.0))
+    return total / zeros.index_add(0, group_index, valid.to(values.dtype)).clamp(min=1)
+
+
+def _count(group_index: Tensor) -> int:
+    return int(group_index.max()) + 1 if len(group_index) else 0

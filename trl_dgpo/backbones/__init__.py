@@ -1,0 +1,104 @@
+"""
+Backbones: one file per family of diffusion models, and nothing else in the package knows a pipeline.
+
+A backbone turns prompts into conditioning (`encode`), noise into clean latents (`sample`), latents into images
+(`decode`) and noised latents into predictions (`predict`), and says what its family is trained on (`noise`, `target`,
+`sigmas`, `LORA_TARGETS`). All families answer to the same names, so that a trainer takes any of them.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from .sd3 import SD3Backbone
+
+
+SUPPORTED_PIPELINES = {"StableDiffusion3Pipeline": "Stable Diffusion 3, 3.5 Medium and 3.5 Large"}
+
+
+def load_backbone(
+    model: "str | os.PathLike | DiffusionPipeline",
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    **options,
+) -> "SD3Backbone":
+    """
+    Backbone of a model given by name, by folder or as a pipeline.
+
+    Args:
+        model (`str`, `os.PathLike` or `diffusers.DiffusionPipeline`):
+            Id on the Hub, folder in diffusers' layout (components that its `model_index.json` lists as null, such as a
+            left-out third text encoder, are left out), or a pipeline, which is used as it is, not copied.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        dtype (`torch.dtype`, *optional*):
+            Dtype of the transformer and the text encoders. Without it a named model is loaded in float32 and a
+            pipeline keeps its own. The VAE of a named model stays in float32 whatever is asked for, since it loses
+            quality below; that of a pipeline is never touched.
+        **options:
+            Arguments of the family's backbone, such as `sampler`, `sigmas`, `max_sequence_length` and
+            `negative_prompt` of [`~trl_dgpo.backbones.sd3.SD3Backbone`].
+
+    Raises:
+        `TypeError`: if `model` is none of these.
+        `ValueError`: if nothing is found under this name, or if it is of a family that is not supported. Both are
+            found out before any weights are read.
+    """
+    from diffusers import DiffusionPipeline
+
+    from .sd3 import SD3Backbone
+
+    if isinstance(model, DiffusionPipeline):
+        _check_family({cls.__name__ for cls in type(model).__mro__}, f"a {type(model).__name__}")
+        for name, component in model.components.items():
+            if dtype is not None and name != "vae" and isinstance(component, torch.nn.Module):
+                component.to(dtype)
+        return SD3Backbone(model, **options)
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}; it must be an id on the Hub, a folder or a diffusers pipeline."
+        )
+
+    index = _read_index(model, revision)
+    _check_family({index["_class_name"]}, f"{os.fspath(model)!r}, a {index['_class_name']}")
+    left_out = {name: None for name, entry in index.items() if entry == [None, None]}
+    pipeline = DiffusionPipeline.from_pretrained(
+        model, revision=revision, dtype={"default": dtype or torch.float32, "vae": torch.float32}, **left_out
+    )
+    return SD3Backbone(pipeline, **options)
+
+
+def _read_index(model: str | os.PathLike, revision: str | None) -> dict:
+    """The pipeline's `model_index.json`, from the folder or from the Hub."""
+    from diffusers import DiffusionPipeline
+
+    path = Path(model)
+    if path.exists():
+        if not (path / "model_index.json").is_file():
+            raise ValueError(
+                f"`model`={os.fspath(model)!r} has no model_index.json. A folder must be a whole pipeline, as "
+                "`pipeline.save_pretrained(folder)` writes it; single files and LoRA folders are not pipelines."
+            )
+    # A Hub id has the form "name" or "owner/name"; anything else can only have been meant as a path.
+    elif isinstance(model, os.PathLike) or path.is_absolute() or len(path.parts) > 2 or os.fspath(model)[:1] in "~.":
+        raise ValueError(f"`model`={os.fspath(model)!r} does not exist. Give an existing folder or an id on the Hub.")
+    try:
+        return DiffusionPipeline.load_config(model, revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"`model`={os.fspath(model)!r} is not a folder here, and the Hub gave no pipeline of this id. Check the "
+            "spelling, the network, and for gated models `hf auth login`."
+        ) from error
+
+
+def _check_family(class_names: set[str], what: str) -> None:
+    if not class_names & SUPPORTED_PIPELINES.keys():
+        supported = "; ".join(f"{name} ({models})" for name, models in SUPPORTED_PIPELINES.items())
+        raise ValueError(f"`model` is {what}, which is not supported. Supported: {supported}.")

@@ -1,0 +1,93 @@
+"""
+Held-out prompts under fixed noise: the latents of an evaluation, and what can be told of its images without a model.
+"""
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from .seeding import generator
+
+
+def evaluation_latents(prompts: list[str], num_images: int, shape: tuple[int, ...]) -> Tensor:
+    """
+    Initial latents of evaluation images.
+
+    They depend on the prompt's text and the image's number alone: not on the run's seed, on the other prompts, on their order
+    or on the machine. So any two evaluations of a prompt differ by the weights and nothing else.
+
+    Args:
+        prompts (`list[str]`):
+            The prompts.
+        num_images (`int`):
+            Images of each.
+        shape (`tuple[int, ...]`):
+            Shape of one latent.
+
+    Returns:
+        `torch.Tensor` of shape `(len(prompts) * num_images, *shape)`, float32, on the CPU; the images of a prompt stand
+        together.
+    """
+    return torch.stack(
+        [
+            torch.randn(shape, generator=generator(0, "evaluation", prompt, index))
+            for prompt in prompts
+            for index in range(num_images)
+        ]
+    )
+
+
+def image_statistics(images: Tensor) -> dict[str, float]:
+    """
+    Free signs of what a reward does to pictures: a run that blanks, bleaches or greys them shows here first.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`):
+            uint8 images.
+
+    Returns:
+        `dict[str, float]`, means over images, in [0, 1]: `darkness` (part of the pixels whose luma is below 0.25), `contrast`
+        (standard deviation of luma within an image), `saturation` (largest minus smallest channel of a pixel) and
+        `colour_spread` (standard deviation of the images' mean colours over the images, averaged over channels: falls when
+        all pictures take one tint).
+    """
+    pixels = images.float() / 255
+    luma = torch.einsum("bchw,c->bhw", pixels, torch.tensor([0.299, 0.587, 0.114], device=images.device))
+    return {
+        "darkness": (luma < 0.25).float().mean().item(),
+        "contrast": luma.flatten(1).std(1, correction=0).mean().item(),
+        "saturation": (pixels.amax(1) - pixels.amin(1)).mean().item(),
+        "colour_spread": pixels.mean((2, 3)).std(0, correction=0).mean().item(),
+    }
+
+
+def image_grid(rows: dict[str, Tensor], captions: list[str], *, min_height: int = 96) -> Image.Image:
+    """
+    Pictures side by side: one labelled row a model, one captioned column a prompt.
+
+    Args:
+        rows (`dict[str, torch.Tensor]`):
+            For each label, uint8 images `(K, 3, H, W)`.
+        captions (`list[str]`):
+            K captions.
+        min_height (`int`, *optional*, defaults to `96`):
+            Smaller images are enlarged to about this many pixels, by a whole factor.
+
+    Returns:
+        `PIL.Image.Image`.
+    """
+    _, _, height, width = next(iter(rows.values())).shape
+    factor = max(1, -(-min_height // height))
+    height, width, gap, line = height * factor, width * factor, 6, 16
+    left = 8 + 7 * max(len(label) for label in rows)
+    grid = Image.new("RGB", (left + len(captions) * (width + gap), line + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(grid)
+    for column, caption in enumerate(captions):
+        draw.text((left + column * (width + gap), 2), caption[: width // 7], fill="black")
+    for row, (label, images) in enumerate(rows.items()):
+        top = line + row * (height + gap)
+        draw.text((4, top + height // 2 - 6), label, fill="black")
+        for column, image in enumerate(images):
+            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((width, height), Image.NEAREST)
+            grid.paste(picture, (left + column * (width + gap), top))
+    return grid

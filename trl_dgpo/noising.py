@@ -1,0 +1,186 @@
+r"""
+Forward processes: how a clean latent is noised and what the network is asked to predict there.
+
+Conventions, stated once. Flow matching: `sigma` in [0, 1], 0 is data and 1 is noise, \\( x_t = (1 - \sigma) x_0 +
+\sigma \epsilon \\), and the velocity points to the noise, \\( v = \epsilon - x_0 \\) (Stable Diffusion 3,
+[2403.03206](https://huggingface.co/papers/2403.03206)). DDPM: \\( x_t = \sqrt{\bar\alpha} x_0 + \sqrt{1 - \bar\alpha}
+\epsilon \\). Noise, levels and uniforms are arguments; nothing is drawn here.
+"""
+
+import torch
+from torch import Tensor
+
+
+def flow_noise(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    r"""
+    Noised latent of flow matching, \\( x_t = (1 - \sigma) x_0 + \sigma \epsilon \\).
+
+    Args:
+        x0 (`torch.Tensor` of shape `(B, ...)`):
+            Clean latents.
+        noise (`torch.Tensor` of shape `(B, ...)`):
+            Standard normal noise.
+        sigma (`float` or `torch.Tensor` of shape `(B,)`):
+            Noise level in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`.
+    """
+    sigma = _per_sample(sigma, x0)
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def flow_target(x0: Tensor, noise: Tensor) -> Tensor:
+    r"""Velocity target of flow matching, \\( \epsilon - x_0 \\): the same at every level."""
+    return noise - x0
+
+
+def ddpm_noise(x0: Tensor, noise: Tensor, alpha_bar: Tensor | float) -> Tensor:
+    r"""
+    Noised latent of DDPM, \\( x_t = \sqrt{\bar\alpha} x_0 + \sqrt{1 - \bar\alpha} \epsilon \\).
+
+    Args:
+        x0 (`torch.Tensor` of shape `(B, ...)`):
+            Clean latents.
+        noise (`torch.Tensor` of shape `(B, ...)`):
+            Standard normal noise.
+        alpha_bar (`float` or `torch.Tensor` of shape `(B,)`):
+            Cumulative product of the schedule's alphas at the sample's timestep, in (0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`.
+    """
+    alpha_bar = _per_sample(alpha_bar, x0)
+    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+
+
+def ddpm_target(x0: Tensor, noise: Tensor, alpha_bar: Tensor | float, *, prediction_type: str = "epsilon") -> Tensor:
+    r"""
+    What a DDPM network predicts: the noise, or \\( v = \sqrt{\bar\alpha} \epsilon - \sqrt{1 - \bar\alpha} x_0 \\).
+
+    Args:
+        x0 (`torch.Tensor` of shape `(B, ...)`):
+            Clean latents.
+        noise (`torch.Tensor` of shape `(B, ...)`):
+            Standard normal noise.
+        alpha_bar (`float` or `torch.Tensor` of shape `(B,)`):
+            Cumulative product of alphas.
+        prediction_type (`str`, *optional*, defaults to `"epsilon"`):
+            `"epsilon"` or `"v_prediction"`, diffusers' names.
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`.
+
+    Raises:
+        `ValueError`: for any other `prediction_type`.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        alpha_bar = _per_sample(alpha_bar, x0)
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+    raise ValueError(f"`prediction_type` is {prediction_type!r}; it must be 'epsilon' or 'v_prediction'.")
+
+
+def shift(u: Tensor | float, factor: float) -> Tensor | float:
+    r"""
+    Shifted level, \\( s u / (1 + (s - 1) u) \\) ([2403.03206](https://huggingface.co/papers/2403.03206), Eq. 23).
+
+    A factor above 1 spends more of a uniform `u` in [0, 1] at high noise; SD3 uses 3.
+    """
+    return factor * u / (1 + (factor - 1) * u)
+
+
+def unshift(sigma: Tensor | float, factor: float) -> Tensor | float:
+    """Inverse of `shift`: the uniform level that `factor` maps to `sigma`."""
+    return sigma / (factor - (factor - 1) * sigma)
+
+
+def trainable_levels(sigmas: Tensor, t_min: float, shift_factor: float) -> Tensor:
+    r"""
+    Indices of a rollout grid's noisy prefix: the levels that are trained on.
+
+    DGPO's timestep clip ([2510.08425](https://huggingface.co/papers/2510.08425), Sec. 3.4) trains on \\( t \in
+    [t_{\min}, 1] \\) alone, since a few-step rollout has its artefacts at low noise. Here \\( t \\) is a level before
+    the shift, on which the grid is evenly spaced, and an index is kept iff \\( \mathrm{unshift}(\sigma) \ge t_{\min} -
+    0.005 \\). The half per cent makes up for grids of whole timesteps: 10 steps and `t_min=0.4` keep the first 7
+    levels, as the authors' OCR configuration does.
+
+    Args:
+        sigmas (`torch.Tensor` of shape `(S,)`):
+            Levels of the grid in (0, 1].
+        t_min (`float`):
+            Smallest level, before the shift, in [0, 1). 0 keeps the whole grid.
+        shift_factor (`float`):
+            The grid's shift.
+
+    Returns:
+        `torch.Tensor` of shape `(K,)`, int64.
+    """
+    return torch.nonzero(unshift(sigmas, shift_factor) >= t_min - 0.005).flatten()
+
+
+def continuous_levels(uniform: Tensor, t_min: float, shift_factor: float) -> Tensor:
+    r"""
+    Levels of the paper's continuous form: \\( u \sim U[t_{\min}, 1] \\), then shifted.
+
+    Args:
+        uniform (`torch.Tensor` of shape `(M,)`):
+            Draws from U[0, 1).
+        t_min (`float`):
+            Smallest level before the shift, in [0, 1).
+        shift_factor (`float`):
+            The rollout grid's shift, so that the density is that of the grid.
+
+    Returns:
+        `torch.Tensor` of shape `(M,)`.
+    """
+    return shift(t_min + (1 - t_min) * uniform, shift_factor)
+
+
+def flow_sde_step(
+    x_t: Tensor,
+    velocity: Tensor,
+    sigma: float,
+    next_sigma: float,
+    noise: Tensor,
+    *,
+    noise_level: float = 0.7,
+    max_sigma: float,
+) -> tuple[Tensor, Tensor, float]:
+    r"""
+    One stochastic step of the reverse flow (Flow-GRPO, [2505.05470](https://huggingface.co/papers/2505.05470), Eq. 9).
+
+    With \\( \Delta = \sigma' - \sigma < 0 \\) and \\( s = a \sqrt{\sigma / (1 - \sigma)} \\): \\( \mu = x (1 + s^2
+    \Delta / 2\sigma) + v (1 + s^2 (1 - \sigma) / 2\sigma) \Delta \\) and \\( x' = \mu + s \sqrt{-\Delta}\, z \\).
+
+    Args:
+        x_t (`torch.Tensor`):
+            Latent at `sigma`.
+        velocity (`torch.Tensor`):
+            Predicted velocity there.
+        sigma (`float`):
+            Present level in (0, 1].
+        next_sigma (`float`):
+            Next level, below `sigma`.
+        noise (`torch.Tensor`):
+            Standard normal \\( z \\).
+        noise_level (`float`, *optional*, defaults to `0.7`):
+            \\( a \\).
+        max_sigma (`float`):
+            Stands for `sigma` in \\( s \\)'s denominator where `sigma` is 1 and the denominator 0: the grid's second
+            level, as in the authors' code.
+
+    Returns:
+        `tuple`: the next latent, its mean and the standard deviation \\( s \sqrt{-\Delta} \\) of the step.
+    """
+    delta = next_sigma - sigma
+    s = noise_level * (sigma / (1 - (max_sigma if sigma == 1 else sigma))) ** 0.5
+    mean = x_t * (1 + s**2 * delta / (2 * sigma)) + velocity * (1 + s**2 * (1 - sigma) / (2 * sigma)) * delta
+    std = s * (-delta) ** 0.5
+    return mean + std * noise, mean, std
+
+
+def _per_sample(value: Tensor | float, like: Tensor) -> Tensor:
+    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return value.view(-1, *[1] * (like.ndim - 1)) if value.ndim == 1 else value

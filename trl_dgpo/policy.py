@@ -1,0 +1,256 @@
+"""
+One transformer and its views.
+
+The policy is what is trained. A view is another set of weights for the same transformer, borrowed with `with`:
+`reference()` (what the preference is measured against), `old()` (fast moving average: the clip's and later the
+rollouts'), `ema()` (slow moving average: evaluation and export), `base()` (the frozen model before training: the KL
+term's).
+
+With an adapter (PEFT), the base is the adapter switched off and every other view is a frozen adapter beside the
+policy's, so that a switch costs a flag a layer. Without one, a view is a frozen copy of the trainable weights whose
+storage is exchanged for theirs. Either way nothing is copied into the policy's weights, and they are back, to the bit,
+after the `with`, also after an exception.
+
+Enter a view before `autocast`, not inside it: autocast caches the cast weights of the whole of its context.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+_POLICY = "default"
+_ADAPTER_FILE = "adapter_model.safetensors"
+_WEIGHTS_FILE = "weights.safetensors"
+
+
+def old_decay(step: int) -> float:
+    """
+    Decay of the old policy after the optimiser step of this number (from 0): `min(0.3, 0.001 * step)`.
+
+    From the authors' released code; 0 at the first step makes the old policy an exact copy. The paper copies for 200
+    steps and then decays by 0.3.
+    """
+    return min(0.3, 0.001 * step)
+
+
+def ema_decay(step: int) -> float:
+    """Decay of the evaluation average after the optimiser step of this number: `min((1 + n) / (10 + n), 0.9)`."""
+    return min((1 + step) / (10 + step), 0.9)
+
+
+def lora_config(target_modules: tuple[str, ...]) -> LoraConfig:
+    """The LoRA of the authors' released code: rank 64, alpha 128, Gaussian start."""
+    return LoraConfig(r=64, lora_alpha=128, init_lora_weights="gaussian", target_modules=list(target_modules))
+
+
+class Policy:
+    """
+    The trained transformer and the views of it that a method uses.
+
+    Args:
+        transformer (`torch.nn.Module`):
+            The network. PEFT injects its layers in place, so a pipeline that holds it runs the policy too.
+        peft_config (`peft.PeftConfig`, *optional*):
+            Adapter to train. Without it the whole transformer is trained.
+        views (`tuple[str, ...]`, *optional*):
+            Views to keep among `"ema"`, `"old"`, `"reference"` (one that `refresh_reference` moves; without it the
+            reference is the base) and, without an adapter, `"base"`. Each costs the memory of the trainable weights.
+    """
+
+    def __init__(self, transformer: nn.Module, peft_config: PeftConfig | None = None, views: tuple[str, ...] = ()):
+        self.transformer = transformer
+        if peft_config is None:
+            transformer.requires_grad_(True)
+            self.model = transformer
+            self._views = _Copies(transformer)
+        else:
+            transformer.requires_grad_(False)
+            # A base in bfloat16 still gets float32 adapters: PEFT's autocast_adapter_dtype.
+            self.model = get_peft_model(transformer, peft_config, adapter_name=_POLICY)
+            self._views = _Adapters(self.model, peft_config)
+        self.peft_config = peft_config
+        self.views = tuple(view for view in dict.fromkeys(views) if view != "base" or peft_config is None)
+        for view in self.views:
+            self._views.add(view)
+
+    def base(self) -> AbstractContextManager[None]:
+        """The model as it was before training."""
+        return self._use("base")
+
+    def reference(self) -> AbstractContextManager[None]:
+        """What the preference is measured against: the last refresh if there is such a view, else the base."""
+        return self._use("reference" if "reference" in self.views else "base")
+
+    def old(self) -> AbstractContextManager[None]:
+        """The fast moving average."""
+        return self._use("old")
+
+    def ema(self) -> AbstractContextManager[None]:
+        """The slow moving average."""
+        return self._use("ema")
+
+    def refresh_reference(self) -> None:
+        """Make the policy's present weights the reference (GPO, every round)."""
+        self._move("reference", 0.0)
+
+    def update_old(self, step: int) -> None:
+        """Move the old policy after the optimiser step of this number, from 0."""
+        self._move("old", old_decay(step))
+
+    def update_ema(self, step: int) -> None:
+        """Move the evaluation average after the optimiser step of this number, from 0."""
+        self._move("ema", ema_decay(step))
+
+    def tensors(self, view: str | None = None) -> dict[str, Tensor]:
+        """Trainable weights by name, or a view's weights under the same names."""
+        return self._views.tensors(self._kept(view))
+
+    def lora_state_dict(self, view: str | None = None) -> dict[str, Tensor]:
+        """Adapter weights in PEFT's key format, without an adapter name."""
+        return get_peft_model_state_dict(self.model, adapter_name=self._kept(view) or _POLICY)
+
+    def save_pretrained(self, directory: str | Path, view: str | None = None) -> None:
+        """
+        Write one set of weights: a PEFT adapter folder, or without an adapter a diffusers model folder.
+
+        Args:
+            directory (`str` or `Path`):
+                Where to; made if needed.
+            view (`str`, *optional*):
+                The view to write; the policy itself if not given.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.peft_config is None:
+            with self._use(view):
+                self.transformer.save_pretrained(directory)
+        else:
+            state = {name: tensor.contiguous().cpu() for name, tensor in self.lora_state_dict(view).items()}
+            save_file(state, directory / _ADAPTER_FILE, metadata={"format": "pt"})
+            self.peft_config.save_pretrained(directory)
+
+    def save(self, directory: str | Path) -> None:
+        """Write policy and views for `load`: the policy in `directory`, each view in a folder of its name."""
+        for view in (None, *self.views):
+            target = Path(directory) / (view or "")
+            if self.peft_config is not None:
+                self.save_pretrained(target, view)
+            else:
+                target.mkdir(parents=True, exist_ok=True)
+                save_file({n: t.contiguous().cpu() for n, t in self.tensors(view).items()}, target / _WEIGHTS_FILE)
+
+    def load(self, directory: str | Path) -> None:
+        """
+        Restore what `save` wrote, to the bit.
+
+        Raises:
+            `FileNotFoundError`: if the policy or one of the views is missing.
+            `ValueError`: if a file holds other weights than those that are trained here.
+        """
+        for view in (None, *self.views):
+            path = Path(directory) / (view or "") / (_WEIGHTS_FILE if self.peft_config is None else _ADAPTER_FILE)
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: this is not a checkpoint with the views {self.views}.")
+            state = load_file(path)
+            mine = self.tensors(view) if self.peft_config is None else self.lora_state_dict(view)
+            if differing := state.keys() ^ mine.keys():
+                raise ValueError(
+                    f"{path} does not fit: {len(differing)} weights are only there or only here, such as "
+                    f"{min(differing)!r}. It was made with another model or `peft_config`."
+                )
+            if self.peft_config is None:
+                with torch.no_grad():
+                    for name, tensor in mine.items():
+                        tensor.copy_(state[name])
+            else:
+                set_peft_model_state_dict(self.model, state, adapter_name=view or _POLICY)
+
+    def _use(self, view: str | None) -> AbstractContextManager[None]:
+        return self._views.use(self._kept(view))
+
+    def _kept(self, view: str | None) -> str | None:
+        # PEFT passes over an adapter that it does not know, which would make the base of a view that was never kept.
+        if view is None or view in self.views or (view == "base" and self.peft_config is not None):
+            return view
+        raise ValueError(f"The view {view!r} is not kept; the views are {self.views}. Name it in `views`.")
+
+    def _move(self, view: str, decay: float) -> None:
+        # view <- decay * view + (1 - decay) * policy. Lerp with weight 1 is an exact copy.
+        mine, theirs = self.tensors(view), self.tensors()
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(mine.values()), [theirs[name].to(t.dtype) for name, t in mine.items()], 1 - decay
+            )
+
+
+class _Adapters:
+    """Views as frozen PEFT adapters; the base is no adapter at all."""
+
+    def __init__(self, model: PeftModel, config: PeftConfig):
+        self.model = model
+        self.config = config
+        # Setting two flags on these is what PEFT's own set_adapter and disable_adapter come down to, without its walk
+        # over every module and without its changes to requires_grad.
+        self.layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def add(self, view: str) -> None:
+        self.model.add_adapter(view, self.config)
+        self.model.set_adapter(_POLICY)
+        with torch.no_grad():
+            for name, tensor in self.tensors(view).items():
+                tensor.copy_(self.tensors()[name])
+
+    def tensors(self, view: str | None = None) -> dict[str, Tensor]:
+        parameters = dict(self.model.named_parameters())
+        # The last part of a name that is the adapter's is the adapter's: before it may be a module of the same name.
+        parts = {name: name.rpartition(f".{_POLICY}") for name in self.names}
+        return {name: parameters[f"{head}.{view or _POLICY}{tail}"] for name, (head, _, tail) in parts.items()}
+
+    @contextmanager
+    def use(self, view: str | None) -> Iterator[None]:
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in self.layers]
+        try:
+            for layer in self.layers:
+                if view == "base":
+                    layer._disable_adapters = True
+                else:
+                    layer._active_adapter, layer._disable_adapters = [view or _POLICY], False
+            yield
+        finally:
+            for layer, (active, disabled) in zip(self.layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+class _Copies:
+    """Views as frozen copies of all trainable weights."""
+
+    def __init__(self, model: nn.Module):
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.copies: dict[str, dict[str, Tensor]] = {}
+
+    def add(self, view: str) -> None:
+        self.copies[view] = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def tensors(self, view: str | None = None) -> dict[str, Tensor]:
+        return self.parameters if view is None else self.copies[view]
+
+    @contextmanager
+    def use(self, view: str | None) -> Iterator[None]:
+        before = {name: p.data for name, p in self.parameters.items()}
+        try:
+            for name, p in self.parameters.items():
+                p.data = p.data if view is None else self.copies[view][name]
+            yield
+        finally:
+            for name, p in self.parameters.items():
+                p.data = before[name]

@@ -1,0 +1,182 @@
+"""
+What a round of rollouts leaves behind for training.
+
+`Rollout` holds exactly what an update reads: clean latents, conditioning, rewards, advantages and groups.
+Trajectories, noise and log-probabilities are not among them: the group objective noises `x0` afresh.
+`GroupRolloutBuffer` keeps one record for the length of a round and hands it out in whole groups.
+"""
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """
+    The rollouts of whole groups, one row an image.
+
+    Args:
+        x0 (`torch.Tensor` of shape `(B, C, H, W)`):
+            Clean latents in the transformer's space.
+        conditioning (`dict[str, torch.Tensor]`):
+            What the backbone encoded, one row a group, each tensor of shape `(N, ...)`.
+        rewards (`torch.Tensor` of shape `(B,)`):
+            Rewards, `NaN` where scoring failed: such a sample is masked.
+        advantages (`torch.Tensor` of shape `(B,)`):
+            Advantages, 0 where masked.
+        group_index (`torch.Tensor` of shape `(B,)`):
+            Number of each rollout's group within the round, over all processes, in ascending order. Two groups of one
+            prompt have two numbers.
+
+    Raises:
+        `ValueError`: if the shapes do not fit one another or the groups are not in order.
+    """
+
+    x0: Tensor
+    conditioning: dict[str, Tensor]
+    rewards: Tensor
+    advantages: Tensor
+    group_index: Tensor
+
+    def __post_init__(self):
+        sizes = {name: len(getattr(self, name)) for name in ("x0", "rewards", "advantages", "group_index")}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"A rollout needs one row an image in every field, but the lengths are {sizes}.")
+        shapes = {name: tuple(getattr(self, name).shape) for name in ("rewards", "advantages", "group_index")}
+        if any(len(shape) != 1 for shape in shapes.values()):
+            raise ValueError(f"A rollout needs one number an image, of shape (B,), but the shapes are {shapes}.")
+        if (self.group_index.diff() < 0).any():
+            raise ValueError("`group_index` must ascend, so that the rows of a group stand together.")
+        rows = {name: len(value) for name, value in self.conditioning.items()}
+        if any(count != self.num_groups for count in rows.values()):
+            raise ValueError(
+                f"`conditioning` needs one row a group: {self.num_groups} groups, but the rows are {rows}."
+            )
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """Group numbers, ascending, `(N,)`."""
+        return self.group_index.unique()
+
+    @cached_property
+    def local_index(self) -> Tensor:
+        """Position of each rollout's group among `groups`, `(B,)`: what the losses take as `group_index`."""
+        return torch.searchsorted(self.groups, self.group_index)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """Mask of the rollouts whose reward did not fail, `(B,)`."""
+        return ~self.rewards.isnan()
+
+    @cached_property
+    def group_sizes(self) -> Tensor:
+        """Valid rollouts of each group, `(N,)`."""
+        return torch.zeros_like(self.groups).index_add(0, self.local_index, self.valid.to(self.groups.dtype))
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.groups)
+
+    def part(self, index: int, num_parts: int) -> "Rollout":
+        """
+        One of `num_parts` equal parts, in whole groups.
+
+        Raises:
+            `ValueError`: if the groups do not divide.
+        """
+        if self.num_groups % num_parts:
+            raise ValueError(
+                f"{self.num_groups} groups cannot be divided into {num_parts} equal parts of whole groups."
+            )
+        size = self.num_groups // num_parts
+        low, high = index * size, (index + 1) * size
+        rows = (self.local_index >= low) & (self.local_index < high)
+        return Rollout(
+            x0=self.x0[rows],
+            conditioning={name: value[low:high] for name, value in self.conditioning.items()},
+            rewards=self.rewards[rows],
+            advantages=self.advantages[rows],
+            group_index=self.group_index[rows],
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Rollout":
+        return cls(**state)
+
+
+class Record(Protocol):
+    """What a buffer can hold: whole groups that can be divided, saved and restored."""
+
+    def part(self, index: int, num_parts: int) -> "Record": ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Record": ...
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+class GroupRolloutBuffer(Generic[RecordT]):
+    """
+    The rollouts of the present round.
+
+    Generic over its record, so that a method that trains on more than `x0` brings a record of its own.
+
+    Args:
+        record_type (`type`, *optional*, defaults to `Rollout`):
+            Class of the records, needed to restore one.
+    """
+
+    def __init__(self, record_type: type[RecordT] = Rollout):
+        self.record_type = record_type
+        self.round: int | None = None
+        self._record: RecordT | None = None
+
+    @property
+    def record(self) -> RecordT:
+        if self._record is None:
+            raise ValueError("The buffer is empty: `fill` it with a round of rollouts first.")
+        return self._record
+
+    def fill(self, record: RecordT, round: int) -> None:
+        """Hold the rollouts of a round in place of those of the last."""
+        self._record, self.round = record, round
+
+    def clear(self) -> None:
+        self._record = self.round = None
+
+    def micro_batches(self, update: int, num_updates: int, num_micro_batches: int) -> list[RecordT]:
+        """
+        The groups of one optimiser step, in micro-batches of whole groups.
+
+        Args:
+            update (`int`):
+                Which of the round's parts, 0..num_updates-1.
+            num_updates (`int`):
+                Equal parts that a pass over the round has.
+            num_micro_batches (`int`):
+                Equal micro-batches of a part.
+
+        Returns:
+            `list` of records.
+        """
+        part = self.record.part(update, num_updates)
+        return [part.part(index, num_micro_batches) for index in range(num_micro_batches)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and integers alone, fit for `torch.save` and `torch.load(weights_only=True)`."""
+        record = None if self._record is None else self._record.state_dict()
+        return {"round": self.round, "record": record}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.round = state["round"]
+        self._record = None if state["record"] is None else self.record_type.from_state_dict(state["record"])

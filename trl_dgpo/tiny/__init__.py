@@ -1,0 +1,8 @@
+"""The tiny SD3: a whole Stable Diffusion 3 pipeline of 1.4 million parameters that writes four letters on a sign."""
+
+from pathlib import Path
+
+
+def tiny_pipeline_path() -> Path:
+    """The bundled pipeline's folder; `StableDiffusion3Pipeline.from_pretrained(folder)` loads it as it is."""
+    return Path(__file__).parent / "sd3"

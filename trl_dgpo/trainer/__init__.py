@@ -1,0 +1,1 @@
+"""Trainers and their configurations, one pair of files a method."""

@@ -1,0 +1,340 @@
+"""What can be set of a DGPO run, and every check that needs no model."""
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from trl.trainer.base_config import _BaseConfig
+
+
+@dataclass
+class DGPOConfig(_BaseConfig):
+    r"""
+    Configuration class for the [`DGPOTrainer`].
+
+    Only the parameters specific to DGPO, and those of `TrainingArguments` whose default or meaning differs here, are listed.
+    Defaults are those of the authors' released code in its first published mode unless another source is named.
+
+    A round is `prompts_per_round` x `num_generations` images over all processes: these two decide what is learned.
+    `per_device_train_batch_size` and `sample_batch_size` are memory knobs and change nothing but rounding.
+
+    Parameters:
+        > Parameters that control the rollouts
+
+        num_generations (`int`, *optional*, defaults to `24`):
+            Images of a group, at least 2.
+        prompts_per_round (`int`, *optional*, defaults to `24`):
+            Groups of a round, over all processes. Must be a multiple of `updates_per_round` x processes.
+        sample_batch_size (`int`, *optional*):
+            Images sampled at a time on one device. `num_generations` if not set.
+        sampler (`str`, *optional*, defaults to `"dpm"`):
+            `"dpm"` (second-order DPM-Solver++), `"euler"` on the same levels, or `"sde"` (Flow-GRPO's stochastic steps, an
+            ablation). The model's own levels are not used.
+        sample_num_steps (`int`, *optional*, defaults to `10`):
+            Sampling steps of a rollout.
+        sample_guidance_scale (`float`, *optional*, defaults to `4.5`):
+            Classifier-free guidance of rollouts. 1 or less turns it off and halves their cost.
+        resolution (`int`, *optional*, defaults to `512`):
+            Height of the images in pixels, and width unless `width` is set.
+        width (`int`, *optional*):
+            Width of the images in pixels.
+        max_sequence_length (`int`, *optional*, defaults to `128`):
+            Tokens of the third text encoder.
+        negative_prompt (`str`, *optional*, defaults to `""`):
+            The unconditional side of guidance.
+        old_policy_after (`int`, *optional*, defaults to `200`):
+            Optimiser steps after which rollouts come from the old policy, from the next round on. `None` for never.
+
+        > Parameters that control the objective
+
+        beta (`float`, *optional*, defaults to `100.0`):
+            Sharpness of the gate. Larger values close it sooner and keep the policy nearer to the reference. Not GRPO's
+            `beta`, which is `kl_coef` here.
+        loss_type (`str`, *optional*, defaults to `"surrogate"`):
+            `"surrogate"` or `"logsigmoid"`: the same gradient up to the factor `beta`. See [`~trl_dgpo.losses.dgpo_loss`].
+        kl_coef (`float`, *optional*, defaults to `0.001`):
+            Weight of the squared velocity difference to the frozen base model. 0 for none. With `"logsigmoid"` it is
+            multiplied by `beta`, to mean the same.
+        clip_range (`float`, *optional*, defaults to `1e-3`):
+            Clip of \\( \exp(d^{\mathrm{old}} - d) \\), see [`~trl_dgpo.losses.clip_errors`]. `None` for no clip, which saves
+            a forward a level.
+        scale_rewards (`str` or `bool`, *optional*, defaults to `"group"`):
+            What advantages are divided by: `"group"` or `True`, `"batch"`, `"none"` or `False`; `"sign"` for wins minus
+            losses. See [`~trl_dgpo.advantages.group_advantages`].
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            Bound on advantages, `None` for none.
+        recenter_clipped (`bool`, *optional*, defaults to `False`):
+            Restore the advantages' sum of 0 where that bound acted.
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function, 1 each if not set.
+        reference (`str`, *optional*, defaults to `"frozen"`):
+            What the preference is measured against: `"frozen"` (the model before training), `"old"` (the old policy) or
+            `"refreshed"` (the policy at the round's start, as in GPO).
+        reference_guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Guidance of the frozen model's predictions, for training without guidance in rollouts.
+
+        > Parameters that control the levels that are trained on
+
+        num_train_timesteps (`int`, *optional*, defaults to `4`):
+            Levels a pass, the same for all groups.
+        t_min (`float`, *optional*, defaults to `0.4`):
+            Smallest level before the shift, in [0, 1): the timestep clip. 0 trains on all levels.
+        timestep_sampling (`str`, *optional*, defaults to `"grid"`):
+            `"grid"`: drawn without replacement from the rollout's own levels (the released code). `"continuous"`: uniform in
+            [t_min, 1], then shifted (the paper).
+        prompt_dropout (`float`, *optional*, defaults to `0.0`):
+            Probability that a group is trained with the negative prompt in a pass. The paper has 0.05.
+
+        > Parameters that control the updates
+
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Passes over a round, each with its own levels and noise.
+        updates_per_round (`int`, *optional*, defaults to `1`):
+            Optimiser steps of a pass: equal parts, in whole groups.
+        use_lora (`bool`, *optional*, defaults to `True`):
+            Train a LoRA (rank 64, alpha 128, the joint blocks' attention projections; `peft_config` for another). `False`
+            trains the whole transformer.
+        ema_every (`int`, *optional*, defaults to `8`):
+            Optimiser steps between two moves of the `ema` weights, which are evaluated and saved.
+        save_ema (`bool`, *optional*, defaults to `True`):
+            Save the `ema` weights in `output_dir`; `False` saves the live ones.
+        per_device_train_batch_size (`int`, *optional*):
+            Images of a micro-batch, a multiple of `num_generations`. One group if not set.
+        gradient_accumulation_steps (`int`, *optional*):
+            Derived: `prompts_per_round * num_generations / (updates_per_round * processes * per_device_train_batch_size) *
+            num_train_timesteps`. Setting another value is an error.
+        shuffle_dataset (`bool`, *optional*, defaults to `True`):
+            Deal the prompts in a new order each epoch.
+
+        > Parameters that control evaluation
+
+        eval_num_steps (`int`, *optional*, defaults to `40`):
+            Sampling steps of evaluation images.
+        eval_guidance_scale (`float`, *optional*):
+            Guidance of evaluation images, `sample_guidance_scale` if not set.
+        eval_num_images (`int`, *optional*, defaults to `1`):
+            Images of each evaluation prompt.
+        eval_on_start (`bool`, *optional*, defaults to `True`):
+            Evaluate before the first step, where there is an `eval_dataset`.
+
+    Raises:
+        `ValueError`: for numbers that do not fit one another, with the nearest ones that do.
+    """
+
+    # Overridden defaults of TrainingArguments
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    logging_steps: float = field(
+        default=1, metadata={"help": "Optimiser steps between two logs. A step is hundreds of images, so 1."}
+    )
+    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Dataset columns are handed to the rewards, so all are kept."}
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Images of a micro-batch, a multiple of `num_generations`. One group if not set."}
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "Derived from the round; leave it unset."}
+    )
+
+    # Parameters that control the rollouts
+    num_generations: int = field(default=24, metadata={"help": "Images of a group, at least 2."})
+    prompts_per_round: int = field(default=24, metadata={"help": "Groups of a round, over all processes."})
+    sample_batch_size: int | None = field(
+        default=None, metadata={"help": "Images sampled at a time on one device. `num_generations` if not set."}
+    )
+    sampler: str = field(
+        default="dpm", metadata={"help": "Rollout sampler.", "choices": ["dpm", "euler", "sde"]}
+    )
+    sample_num_steps: int = field(default=10, metadata={"help": "Sampling steps of a rollout."})
+    sample_guidance_scale: float = field(
+        default=4.5, metadata={"help": "Classifier-free guidance of rollouts. 1 or less turns it off."}
+    )
+    resolution: int = field(default=512, metadata={"help": "Height of the images in pixels, and width unless set."})
+    width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
+    max_sequence_length: int = field(default=128, metadata={"help": "Tokens of the third text encoder."})
+    negative_prompt: str = field(default="", metadata={"help": "The unconditional side of guidance."})
+    old_policy_after: int | None = field(
+        default=200,
+        metadata={"help": "Optimiser steps after which rollouts come from the old policy. Never if not set."},
+    )
+
+    # Parameters that control the objective
+    beta: float = field(default=100.0, metadata={"help": "Sharpness of the gate; not GRPO's beta, which is `kl_coef`."})
+    loss_type: str = field(default="surrogate", metadata={"help": "'surrogate' or 'logsigmoid'."})
+    kl_coef: float = field(default=0.001, metadata={"help": "Weight of the squared velocity difference to the base."})
+    clip_range: float | None = field(default=1e-3, metadata={"help": "Clip of the error ratio to the old policy."})
+    scale_rewards: str = field(
+        default="group", metadata={"help": "What advantages are divided by: 'group', 'batch', 'none' or 'sign'."}
+    )
+    advantage_clip: float | None = field(default=5.0, metadata={"help": "Bound on advantages."})
+    recenter_clipped: bool = field(
+        default=False, metadata={"help": "Restore the advantages' sum of 0 where that bound acted."}
+    )
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each reward, 1 if not set."})
+    reference: str = field(
+        default="frozen",
+        metadata={"help": "What the preference is measured against.", "choices": ["frozen", "old", "refreshed"]},
+    )
+    reference_guidance_scale: float = field(
+        default=1.0, metadata={"help": "Guidance of the frozen model's predictions."}
+    )
+
+    # Parameters that control the levels that are trained on
+    num_train_timesteps: int = field(default=4, metadata={"help": "Levels a pass, the same for all groups."})
+    t_min: float = field(default=0.4, metadata={"help": "Smallest level before the shift, in [0, 1)."})
+    timestep_sampling: str = field(
+        default="grid", metadata={"help": "Where levels are drawn from.", "choices": ["grid", "continuous"]}
+    )
+    prompt_dropout: float = field(
+        default=0.0, metadata={"help": "Probability that a group is trained with the negative prompt in a pass."}
+    )
+
+    # Parameters that control the updates
+    num_iterations: int = field(default=1, metadata={"help": "Passes over a round."})
+    updates_per_round: int = field(default=1, metadata={"help": "Optimiser steps of a pass."})
+    use_lora: bool = field(default=True, metadata={"help": "Train a LoRA; the whole transformer otherwise."})
+    ema_every: int = field(default=8, metadata={"help": "Optimiser steps between two moves of the `ema` weights."})
+    save_ema: bool = field(default=True, metadata={"help": "Save the `ema` weights; the live ones otherwise."})
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Deal the prompts in a new order each epoch."})
+
+    # Parameters that control evaluation
+    eval_num_steps: int = field(default=40, metadata={"help": "Sampling steps of evaluation images."})
+    eval_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance of evaluation images, `sample_guidance_scale` if not set."}
+    )
+    eval_num_images: int = field(default=1, metadata={"help": "Images of each evaluation prompt."})
+
+    _loss_types = ("surrogate", "logsigmoid")
+
+    def __post_init__(self):
+        if self.bf16 is None and not self.fp16:
+            # TRL's default of bf16 everywhere raises on machines that have none; there we train in float32.
+            self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.activation_checkpointing is None:
+            # Its old name, in which TRL's default stands, warns.
+            self.activation_checkpointing = self.gradient_checkpointing
+        self._check_objective()
+        self._check_rollouts()
+        given_accumulation, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = self.num_generations
+        if self.sample_batch_size is None:
+            self.sample_batch_size = self.num_generations
+        if self.eval_guidance_scale is None:
+            self.eval_guidance_scale = self.sample_guidance_scale
+        super().__post_init__()
+        self._check_split(given_accumulation)
+
+    @property
+    def height(self) -> int:
+        """Height of the images in pixels."""
+        return self.resolution
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimiser steps of a round."""
+        return self.num_iterations * self.updates_per_round
+
+    @property
+    def micro_batches_per_update(self) -> int:
+        """Micro-batches of an optimiser step on one process, each of which is passed over once a level."""
+        return self.gradient_accumulation_steps // self.num_train_timesteps
+
+    def _check_objective(self) -> None:
+        _check_choice("loss_type", self.loss_type, self._loss_types)
+        _check_choice("sampler", self.sampler, ("dpm", "euler", "sde"))
+        _check_choice("reference", self.reference, ("frozen", "old", "refreshed"))
+        _check_choice("timestep_sampling", self.timestep_sampling, ("grid", "continuous"))
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, str(self.scale_rewards).lower())
+        self.scale_rewards = {"true": "group", "false": "none"}.get(self.scale_rewards, self.scale_rewards)
+        _check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none", "sign"))
+        if not 0 <= self.t_min < 1:
+            raise ValueError(
+                f"`t_min` is {self.t_min}; it is a level before the shift and must be in [0, 1). 0 trains on all levels, "
+                "0.4 is the default."
+            )
+        if not 0 <= self.prompt_dropout < 1:
+            raise ValueError(f"`prompt_dropout` is {self.prompt_dropout}; it is a probability and must be in [0, 1).")
+        for name in ("beta", "clip_range", "advantage_clip"):
+            value = getattr(self, name)
+            optional = name != "beta"
+            if value is None and optional:
+                continue
+            if value is None or not value > 0:
+                raise ValueError(f"`{name}` is {value}; it must be above 0{'; None turns it off' * optional}.")
+        if not self.kl_coef >= 0:
+            raise ValueError(f"`kl_coef` is {self.kl_coef}; it must be 0 (no KL term) or more.")
+        if self.beta < 1 and "surrogate" in self._loss_types:
+            warnings.warn(
+                f"`beta` is {self.beta}: in DGPO it is the gate's sharpness, usually 10 to 100, and below 1 the gate hardly "
+                "moves. GRPO's `beta`, the KL weight, is `kl_coef` here.",
+                stacklevel=3,
+            )
+
+    def _check_rollouts(self) -> None:
+        if self.num_generations < 2:
+            raise ValueError(f"`num_generations` is {self.num_generations}; a group needs at least 2 images to compare.")
+        for name in (
+            "prompts_per_round",
+            "sample_num_steps",
+            "eval_num_steps",
+            "eval_num_images",
+            "num_train_timesteps",
+            "num_iterations",
+            "updates_per_round",
+            "ema_every",
+            "resolution",
+            "sample_batch_size",
+            "per_device_train_batch_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        if self.old_policy_after is not None and self.old_policy_after < 0:
+            raise ValueError(
+                f"`old_policy_after` is {self.old_policy_after}; it is a number of optimiser steps, 0 or more. None for never."
+            )
+        if self.timestep_sampling == "grid" and self.num_train_timesteps > self.sample_num_steps:
+            raise ValueError(
+                f"`num_train_timesteps` ({self.num_train_timesteps}) levels cannot be drawn without replacement from a rollout "
+                f"of `sample_num_steps` ({self.sample_num_steps}). Lower the first, raise the second, or use "
+                "`timestep_sampling='continuous'`."
+            )
+
+    def _check_split(self, given_accumulation: int | None) -> None:
+        group, batch = self.num_generations, self.per_device_train_batch_size
+        processes, updates, prompts = self.world_size, self.updates_per_round, self.prompts_per_round
+        if batch % group:
+            other = f", or `num_generations={_largest_divisor(batch, group)}`" if batch > 1 else ""
+            raise ValueError(
+                f"`per_device_train_batch_size` ({batch}) must be a multiple of `num_generations` ({group}): a group must "
+                f"fit one micro-batch of one process. Use a batch size of {max(group, batch // group * group)}{other}."
+            )
+        unit = updates * processes * (batch // group)
+        if prompts % unit:
+            nearest = " or ".join(str(n) for n in (prompts // unit * unit, (prompts // unit + 1) * unit) if n)
+            raise ValueError(
+                f"`prompts_per_round` ({prompts}) must be a multiple of `updates_per_round` x processes x groups in a "
+                f"micro-batch ({updates} x {processes} x {batch // group} = {unit}), so that every optimiser step has equal "
+                f"shares. Use `prompts_per_round={nearest}`, or a smaller `per_device_train_batch_size`."
+            )
+        derived = prompts // unit * self.num_train_timesteps
+        if given_accumulation not in (None, derived):
+            raise ValueError(
+                f"`gradient_accumulation_steps` is {given_accumulation}, but the round makes it {derived}: {prompts} groups / "
+                f"({updates} updates x {processes} processes x {batch // group} groups in a micro-batch) x "
+                f"{self.num_train_timesteps} levels. Leave it unset; `updates_per_round` sets the size of an optimiser step."
+            )
+        self.gradient_accumulation_steps = derived
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max((n for n in range(2, min(number, limit) + 1) if number % n == 0), default=number)
