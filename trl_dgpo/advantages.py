@@ -68,7 +68,7 @@ def group_advantages(
         variance = _group_mean(_centre(rewards, pool, valid).square(), pool, valid)
         advantages = centred / (variance.sqrt() + epsilon)[pool]
     # Equal rewards may leave rounding in the mean; their advantages are 0, not noise over epsilon.
-    advantages = advantages.masked_fill(~valid | zero_variance(rewards, group_index, valid)[group_index], 0.0)
+    advantages = advantages.masked_fill(zero_variance(rewards, group_index, valid)[group_index], 0.0)
     if clip is not None:
         clipped = advantages.clamp(-clip, clip)
         advantages = _centre(clipped, group_index, valid) if recenter_clipped else clipped

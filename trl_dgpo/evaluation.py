@@ -13,8 +13,8 @@ def evaluation_latents(prompts: list[str], num_images: int, shape: tuple[int, ..
     """
     Initial latents of evaluation images.
 
-    They depend on the prompt's text and the image's number alone: not on the run's seed, on the other prompts, on their order
-    or on the machine. So any two evaluations of a prompt differ by the weights and nothing else.
+    They depend on the prompt's text and the image's number alone: not on the run's seed, on the other prompts, on
+    their order or on the machine. So any two evaluations of a prompt differ by the weights and nothing else.
 
     Args:
         prompts (`list[str]`):
@@ -25,8 +25,8 @@ def evaluation_latents(prompts: list[str], num_images: int, shape: tuple[int, ..
             Shape of one latent.
 
     Returns:
-        `torch.Tensor` of shape `(len(prompts) * num_images, *shape)`, float32, on the CPU; the images of a prompt stand
-        together.
+        `torch.Tensor` of shape `(len(prompts) * num_images, *shape)`, float32, on the CPU; the images of a prompt
+        stand together.
     """
     return torch.stack(
         [
@@ -46,10 +46,10 @@ def image_statistics(images: Tensor) -> dict[str, float]:
             uint8 images.
 
     Returns:
-        `dict[str, float]`, means over images, in [0, 1]: `darkness` (part of the pixels whose luma is below 0.25), `contrast`
-        (standard deviation of luma within an image), `saturation` (largest minus smallest channel of a pixel) and
-        `colour_spread` (standard deviation of the images' mean colours over the images, averaged over channels: falls when
-        all pictures take one tint).
+        `dict[str, float]`, means over images, in [0, 1]: `darkness` (part of the pixels whose luma is below 0.25),
+        `contrast` (standard deviation of luma within an image), `saturation` (largest minus smallest channel of a
+        pixel) and `colour_spread` (standard deviation of the images' mean colours over the images, averaged over
+        channels: falls when all pictures take one tint).
     """
     pixels = images.float() / 255
     luma = torch.einsum("bchw,c->bhw", pixels, torch.tensor([0.299, 0.587, 0.114], device=images.device))

@@ -200,12 +200,17 @@ def test_wrong_results_in_a_retry_are_raised():
         score(reward)
 
 
-def test_interrupting_is_no_failure():
-    def reward(**kwargs):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ImportError("no OCR engine")])
+def test_what_is_not_the_images_fault_is_raised_at_once(error):
+    calls = []
 
-    with pytest.raises(KeyboardInterrupt):
+    def reward(**kwargs):
+        calls.append(kwargs)
+        raise error
+
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else ImportError):
         score(reward)
+    assert len(calls) == 1
 
 
 # -- several rewards

@@ -30,7 +30,10 @@ def test_accumulation_counts_processes(tmp_path, monkeypatch):
     ("config", "message"),
     [
         ({"num_generations": 1}, "`num_generations` is 1; a group needs at least 2"),
-        ({"per_device_train_batch_size": 6}, r"\(6\) must be a multiple of `num_generations` \(4\).* size of 4, .*=3`"),
+        (
+            {"per_device_train_batch_size": 6},
+            r"\(6\) must be a multiple of `num_generations` \(4\).* size of 4, .*=3`",
+        ),
         ({"per_device_train_batch_size": 1}, r"\(1\) must be a multiple of `num_generations` \(4\).* size of 4\.$"),
         ({"prompts_per_round": 5, "updates_per_round": 2}, r"`prompts_per_round` \(5\).*prompts_per_round=4 or 6"),
         ({"prompts_per_round": 1, "updates_per_round": 2}, r"`prompts_per_round` \(1\).*prompts_per_round=2`"),

@@ -56,9 +56,7 @@ def first_gradient(tmp_path, trainer_class, **config):
     return gradient.value, hand
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "scale_rewards"), [(4, "group"), (16, "group"), (8, "sign")]
-)
+@pytest.mark.parametrize(("batch_size", "scale_rewards"), [(4, "group"), (16, "group"), (8, "sign")])
 def test_linear_gradient_is_the_definitions(tmp_path, batch_size, scale_rewards):
     gradient, hand = first_gradient(
         tmp_path, GPOTrainer, per_device_train_batch_size=batch_size, scale_rewards=scale_rewards

@@ -1,6 +1,6 @@
 """
-What of TRL, transformers and PEFT is used though it is private or a convention: a new release that breaks it fails here,
-and says where.
+What of TRL, transformers and PEFT is used though it is private or a convention: a new release that breaks it fails
+here, and says where.
 """
 
 import inspect

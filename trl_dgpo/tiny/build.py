@@ -62,7 +62,7 @@ def build(
     num_images: int = 12_000,
     vae_steps: int = 1200,
     clean_steps: int = 1300,
-    noise: float = 0.47,
+    noise: float = 0.42,
     noise_steps: int = 200,
     num_test: int = 256,
 ) -> dict:
@@ -78,7 +78,7 @@ def build(
             Signs to learn from.
         vae_steps, clean_steps, noise_steps (`int`, *optional*):
             Optimiser steps of the three phases.
-        noise (`float`, *optional*, defaults to `0.47`):
+        noise (`float`, *optional*, defaults to `0.42`):
             Probability that a letter of a caption is replaced, in the last phase.
         num_test (`int`, *optional*, defaults to `256`):
             Test prompts for the OCR figures of the log.
@@ -444,8 +444,8 @@ def _batches(number: int, size: int, steps: int) -> Iterator[Tensor]:
 
 
 def _thin(losses: list[float]) -> list[float]:
-    """Means of fifty steps."""
-    return [round(float(np.mean(losses[i : i + 50])), 4) for i in range(0, len(losses), 50)]
+    """Means of a hundred steps."""
+    return [round(float(np.mean(losses[i : i + 100])), 4) for i in range(0, len(losses), 100)]
 
 
 def save(pipeline: StableDiffusion3Pipeline, log: dict, output: Path) -> None:

@@ -12,8 +12,9 @@ class DGPOConfig(_BaseConfig):
     r"""
     Configuration class for the [`DGPOTrainer`].
 
-    Only the parameters specific to DGPO, and those of `TrainingArguments` whose default or meaning differs here, are listed.
-    Defaults are those of the authors' released code in its first published mode unless another source is named.
+    Only the parameters specific to DGPO, and those of `TrainingArguments` whose default or meaning differs here, are
+    listed. Defaults are those of the authors' released code in its first published mode unless another source is
+    named.
 
     A round is `prompts_per_round` x `num_generations` images over all processes: these two decide what is learned.
     `per_device_train_batch_size` and `sample_batch_size` are memory knobs and change nothing but rounding.
@@ -28,8 +29,8 @@ class DGPOConfig(_BaseConfig):
         sample_batch_size (`int`, *optional*):
             Images sampled at a time on one device. `num_generations` if not set.
         sampler (`str`, *optional*, defaults to `"dpm"`):
-            `"dpm"` (second-order DPM-Solver++), `"euler"` on the same levels, or `"sde"` (Flow-GRPO's stochastic steps, an
-            ablation). The model's own levels are not used.
+            `"dpm"` (second-order DPM-Solver++), `"euler"` on the same levels, or `"sde"` (Flow-GRPO's stochastic
+            steps, an ablation). The model's own levels are not used.
         sample_num_steps (`int`, *optional*, defaults to `10`):
             Sampling steps of a rollout.
         sample_guidance_scale (`float`, *optional*, defaults to `4.5`):
@@ -48,19 +49,20 @@ class DGPOConfig(_BaseConfig):
         > Parameters that control the objective
 
         beta (`float`, *optional*, defaults to `100.0`):
-            Sharpness of the gate. Larger values close it sooner and keep the policy nearer to the reference. Not GRPO's
-            `beta`, which is `kl_coef` here.
+            Sharpness of the gate. Larger values close it sooner and keep the policy nearer to the reference. Not
+            GRPO's `beta`, which is `kl_coef` here.
         loss_type (`str`, *optional*, defaults to `"surrogate"`):
-            `"surrogate"` or `"logsigmoid"`: the same gradient up to the factor `beta`. See [`~trl_dgpo.losses.dgpo_loss`].
+            `"surrogate"` or `"logsigmoid"`: the same gradient up to the factor `beta`. See
+            [`~trl_dgpo.losses.dgpo_loss`].
         kl_coef (`float`, *optional*, defaults to `0.001`):
             Weight of the squared velocity difference to the frozen base model. 0 for none. With `"logsigmoid"` it is
             multiplied by `beta`, to mean the same.
         clip_range (`float`, *optional*, defaults to `1e-3`):
-            Clip of \\( \exp(d^{\mathrm{old}} - d) \\), see [`~trl_dgpo.losses.clip_errors`]. `None` for no clip, which saves
-            a forward a level.
+            Clip of \\( \exp(d^{\mathrm{old}} - d) \\), see [`~trl_dgpo.losses.clip_errors`]. `None` for no clip, which
+            saves a forward a level.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"group"`):
-            What advantages are divided by: `"group"` or `True`, `"batch"`, `"none"` or `False`; `"sign"` for wins minus
-            losses. See [`~trl_dgpo.advantages.group_advantages`].
+            What advantages are divided by: `"group"` or `True`, `"batch"`, `"none"` or `False`; `"sign"` for wins
+            minus losses. See [`~trl_dgpo.advantages.group_advantages`].
         advantage_clip (`float`, *optional*, defaults to `5.0`):
             Bound on advantages, `None` for none.
         recenter_clipped (`bool`, *optional*, defaults to `False`):
@@ -68,8 +70,8 @@ class DGPOConfig(_BaseConfig):
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function, 1 each if not set.
         reference (`str`, *optional*, defaults to `"frozen"`):
-            What the preference is measured against: `"frozen"` (the model before training), `"old"` (the old policy) or
-            `"refreshed"` (the policy at the round's start, as in GPO).
+            What the preference is measured against: `"frozen"` (the model before training), `"old"` (the old policy)
+            or `"refreshed"` (the policy at the round's start, as in GPO).
         reference_guidance_scale (`float`, *optional*, defaults to `1.0`):
             Guidance of the frozen model's predictions, for training without guidance in rollouts.
 
@@ -80,8 +82,8 @@ class DGPOConfig(_BaseConfig):
         t_min (`float`, *optional*, defaults to `0.4`):
             Smallest level before the shift, in [0, 1): the timestep clip. 0 trains on all levels.
         timestep_sampling (`str`, *optional*, defaults to `"grid"`):
-            `"grid"`: drawn without replacement from the rollout's own levels (the released code). `"continuous"`: uniform in
-            [t_min, 1], then shifted (the paper).
+            `"grid"`: drawn without replacement from the rollout's own levels (the released code). `"continuous"`:
+            uniform in [t_min, 1], then shifted (the paper).
         prompt_dropout (`float`, *optional*, defaults to `0.0`):
             Probability that a group is trained with the negative prompt in a pass. The paper has 0.05.
 
@@ -92,8 +94,8 @@ class DGPOConfig(_BaseConfig):
         updates_per_round (`int`, *optional*, defaults to `1`):
             Optimiser steps of a pass: equal parts, in whole groups.
         use_lora (`bool`, *optional*, defaults to `True`):
-            Train a LoRA (rank 64, alpha 128, the joint blocks' attention projections; `peft_config` for another). `False`
-            trains the whole transformer.
+            Train a LoRA (rank 64, alpha 128, the joint blocks' attention projections; `peft_config` for another).
+            `False` trains the whole transformer.
         ema_every (`int`, *optional*, defaults to `8`):
             Optimiser steps between two moves of the `ema` weights, which are evaluated and saved.
         save_ema (`bool`, *optional*, defaults to `True`):
@@ -101,8 +103,8 @@ class DGPOConfig(_BaseConfig):
         per_device_train_batch_size (`int`, *optional*):
             Images of a micro-batch, a multiple of `num_generations`. One group if not set.
         gradient_accumulation_steps (`int`, *optional*):
-            Derived: `prompts_per_round * num_generations / (updates_per_round * processes * per_device_train_batch_size) *
-            num_train_timesteps`. Setting another value is an error.
+            Derived: `prompts_per_round * num_generations / (updates_per_round * processes *
+            per_device_train_batch_size) * num_train_timesteps`. Setting another value is an error.
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Deal the prompts in a new order each epoch.
 
@@ -133,7 +135,8 @@ class DGPOConfig(_BaseConfig):
         default=False, metadata={"help": "Dataset columns are handed to the rewards, so all are kept."}
     )
     per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "Images of a micro-batch, a multiple of `num_generations`. One group if not set."}
+        default=None,
+        metadata={"help": "Images of a micro-batch, a multiple of `num_generations`. One group if not set."},
     )
     gradient_accumulation_steps: int | None = field(
         default=None, metadata={"help": "Derived from the round; leave it unset."}
@@ -145,9 +148,7 @@ class DGPOConfig(_BaseConfig):
     sample_batch_size: int | None = field(
         default=None, metadata={"help": "Images sampled at a time on one device. `num_generations` if not set."}
     )
-    sampler: str = field(
-        default="dpm", metadata={"help": "Rollout sampler.", "choices": ["dpm", "euler", "sde"]}
-    )
+    sampler: str = field(default="dpm", metadata={"help": "Rollout sampler.", "choices": ["dpm", "euler", "sde"]})
     sample_num_steps: int = field(default=10, metadata={"help": "Sampling steps of a rollout."})
     sample_guidance_scale: float = field(
         default=4.5, metadata={"help": "Classifier-free guidance of rollouts. 1 or less turns it off."}
@@ -162,7 +163,9 @@ class DGPOConfig(_BaseConfig):
     )
 
     # Parameters that control the objective
-    beta: float = field(default=100.0, metadata={"help": "Sharpness of the gate; not GRPO's beta, which is `kl_coef`."})
+    beta: float = field(
+        default=100.0, metadata={"help": "Sharpness of the gate; not GRPO's beta, which is `kl_coef`."}
+    )
     loss_type: str = field(default="surrogate", metadata={"help": "'surrogate' or 'logsigmoid'."})
     kl_coef: float = field(default=0.001, metadata={"help": "Weight of the squared velocity difference to the base."})
     clip_range: float | None = field(default=1e-3, metadata={"help": "Clip of the error ratio to the old policy."})
@@ -253,8 +256,8 @@ class DGPOConfig(_BaseConfig):
         _check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none", "sign"))
         if not 0 <= self.t_min < 1:
             raise ValueError(
-                f"`t_min` is {self.t_min}; it is a level before the shift and must be in [0, 1). 0 trains on all levels, "
-                "0.4 is the default."
+                f"`t_min` is {self.t_min}; it is a level before the shift and must be in [0, 1). 0 trains on all "
+                "levels, 0.4 is the default."
             )
         if not 0 <= self.prompt_dropout < 1:
             raise ValueError(f"`prompt_dropout` is {self.prompt_dropout}; it is a probability and must be in [0, 1).")
@@ -269,14 +272,16 @@ class DGPOConfig(_BaseConfig):
             raise ValueError(f"`kl_coef` is {self.kl_coef}; it must be 0 (no KL term) or more.")
         if self.beta < 1 and "surrogate" in self._loss_types:
             warnings.warn(
-                f"`beta` is {self.beta}: in DGPO it is the gate's sharpness, usually 10 to 100, and below 1 the gate hardly "
-                "moves. GRPO's `beta`, the KL weight, is `kl_coef` here.",
+                f"`beta` is {self.beta}: in DGPO it is the gate's sharpness, usually 10 to 100, and below 1 the gate "
+                "hardly moves. GRPO's `beta`, the KL weight, is `kl_coef` here.",
                 stacklevel=3,
             )
 
     def _check_rollouts(self) -> None:
         if self.num_generations < 2:
-            raise ValueError(f"`num_generations` is {self.num_generations}; a group needs at least 2 images to compare.")
+            raise ValueError(
+                f"`num_generations` is {self.num_generations}; a group needs at least 2 images to compare."
+            )
         for name in (
             "prompts_per_round",
             "sample_num_steps",
@@ -295,13 +300,14 @@ class DGPOConfig(_BaseConfig):
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")
         if self.old_policy_after is not None and self.old_policy_after < 0:
             raise ValueError(
-                f"`old_policy_after` is {self.old_policy_after}; it is a number of optimiser steps, 0 or more. None for never."
+                f"`old_policy_after` is {self.old_policy_after}; it is a number of optimiser steps, 0 or more. None "
+                "for never."
             )
         if self.timestep_sampling == "grid" and self.num_train_timesteps > self.sample_num_steps:
             raise ValueError(
-                f"`num_train_timesteps` ({self.num_train_timesteps}) levels cannot be drawn without replacement from a rollout "
-                f"of `sample_num_steps` ({self.sample_num_steps}). Lower the first, raise the second, or use "
-                "`timestep_sampling='continuous'`."
+                f"`num_train_timesteps` ({self.num_train_timesteps}) levels cannot be drawn without replacement from "
+                f"a rollout of `sample_num_steps` ({self.sample_num_steps}). Lower the first, raise the second, or "
+                "use `timestep_sampling='continuous'`."
             )
 
     def _check_split(self, given_accumulation: int | None) -> None:
@@ -310,23 +316,25 @@ class DGPOConfig(_BaseConfig):
         if batch % group:
             other = f", or `num_generations={_largest_divisor(batch, group)}`" if batch > 1 else ""
             raise ValueError(
-                f"`per_device_train_batch_size` ({batch}) must be a multiple of `num_generations` ({group}): a group must "
-                f"fit one micro-batch of one process. Use a batch size of {max(group, batch // group * group)}{other}."
+                f"`per_device_train_batch_size` ({batch}) must be a multiple of `num_generations` ({group}): a group "
+                "must fit one micro-batch of one process. Use a batch size of "
+                f"{max(group, batch // group * group)}{other}."
             )
         unit = updates * processes * (batch // group)
         if prompts % unit:
             nearest = " or ".join(str(n) for n in (prompts // unit * unit, (prompts // unit + 1) * unit) if n)
             raise ValueError(
                 f"`prompts_per_round` ({prompts}) must be a multiple of `updates_per_round` x processes x groups in a "
-                f"micro-batch ({updates} x {processes} x {batch // group} = {unit}), so that every optimiser step has equal "
-                f"shares. Use `prompts_per_round={nearest}`, or a smaller `per_device_train_batch_size`."
+                f"micro-batch ({updates} x {processes} x {batch // group} = {unit}), so that every optimiser step has "
+                f"equal shares. Use `prompts_per_round={nearest}`, or a smaller `per_device_train_batch_size`."
             )
         derived = prompts // unit * self.num_train_timesteps
         if given_accumulation not in (None, derived):
             raise ValueError(
-                f"`gradient_accumulation_steps` is {given_accumulation}, but the round makes it {derived}: {prompts} groups / "
-                f"({updates} updates x {processes} processes x {batch // group} groups in a micro-batch) x "
-                f"{self.num_train_timesteps} levels. Leave it unset; `updates_per_round` sets the size of an optimiser step."
+                f"`gradient_accumulation_steps` is {given_accumulation}, but the round makes it {derived}: {prompts} "
+                f"groups / ({updates} updates x {processes} processes x {batch // group} groups in a micro-batch) x "
+                f"{self.num_train_timesteps} levels. Leave it unset; `updates_per_round` sets the size of an "
+                "optimiser step."
             )
         self.gradient_accumulation_steps = derived
 

@@ -1,8 +1,8 @@
 """
 DGPO on TRL's base trainer: when things happen.
 
-The mathematics is in `trl_dgpo.losses`, `.advantages` and `.noising`, the model in `trl_dgpo.backbones` and `.policy`. This
-file deals prompts, rolls out, scores, and orders the forwards of an update.
+The mathematics is in `trl_dgpo.losses`, `.advantages` and `.noising`, the model in `trl_dgpo.backbones` and `.policy`.
+This file deals prompts, rolls out, scores, and orders the forwards of an update.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class DGPOTrainer(_BaseTrainer):
     Trainer for Direct Group Preference Optimization (DGPO) of text-to-image diffusion models, introduced in
     [Reinforcing Diffusion Models by Direct Group Preference Optimization](https://huggingface.co/papers/2510.08425).
 
-    Each round samples groups of images with a deterministic ODE sampler, scores them, and raises the likelihood that the
-    better images of a group are preferred to the worse ones. See [`~trl_dgpo.losses.dgpo_loss`] for the objective and
-    [`DGPOConfig`] for every default and its source.
+    Each round samples groups of images with a deterministic ODE sampler, scores them, and raises the likelihood that
+    the better images of a group are preferred to the worse ones. See [`~trl_dgpo.losses.dgpo_loss`] for the objective
+    and [`DGPOConfig`] for every default and its source.
 
     Example:
 
@@ -80,9 +80,9 @@ class DGPOTrainer(_BaseTrainer):
         model (`str` or `~diffusers.DiffusionPipeline`):
             Hub id, folder, `"tiny"` (the bundled model) or pipeline. A pipeline's transformer is changed in place.
         reward_funcs (callable or `list` of callables):
-            Rewards in TRL's keyword form: `f(prompts, completions, **kwargs) -> list[float | None]`, where `completions`, also
-            given as `images`, is a list of `PIL.Image` and each other column of the data set comes by its name. `None` means
-            not applicable, `NaN` failed: such an image is masked.
+            Rewards in TRL's keyword form: `f(prompts, completions, **kwargs) -> list[float | None]`, where
+            `completions`, also given as `images`, is a list of `PIL.Image` and each other column of the data set comes
+            by its name. `None` means not applicable, `NaN` failed: such an image is masked.
         args ([`DGPOConfig`], *optional*):
             Configuration.
         train_dataset (`datasets.Dataset` or other map-style data set):
@@ -108,7 +108,8 @@ class DGPOTrainer(_BaseTrainer):
             The present round.
 
     Raises:
-        `TypeError`, `ValueError`: for data sets, rewards, models or numbers that do not fit, before anything is trained.
+        `TypeError`, `ValueError`: for data sets, rewards, models or numbers that do not fit, before anything is
+        trained.
     """
 
     _tag_names = ["trl", "dgpo", "text-to-image", "diffusers"]
@@ -145,8 +146,8 @@ class DGPOTrainer(_BaseTrainer):
         args = self._config_class() if args is None else args
         if args.n_gpu > 1:
             raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process. Start one process a GPU (`accelerate launch`), or show it one "
-                "(`CUDA_VISIBLE_DEVICES=0`)."
+                f"{args.n_gpu} GPUs are visible to one process. Start one process a GPU (`accelerate launch`), or "
+                "show it one (`CUDA_VISIBLE_DEVICES=0`)."
             )
         _check_dataset("train_dataset", train_dataset)
         for name, dataset in _named(eval_dataset).items():
@@ -200,21 +201,21 @@ class DGPOTrainer(_BaseTrainer):
             self.add_callback(RewardProgressCallback)
         if 0 < args.max_steps < args.ema_every and "ema" in self.policy.views:
             logger.warning(
-                "`max_steps` (%d) is below `ema_every` (%d): the `ema` weights, which are evaluated%s, will not move. Lower "
-                "`ema_every`.",
+                "`max_steps` (%d) is below `ema_every` (%d): the `ema` weights, which are evaluated%s, will not "
+                "move. Lower `ema_every`.",
                 args.max_steps,
                 args.ema_every,
                 " and saved" if args.save_ema else "",
             )
 
-    # -- the round -----------------------------------------------------------------------------------------------------
+    # -- the round ----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         """
         One tick a micro-step: the loader is Trainer's clock.
 
-        Which prompts a round has is a function of its number ([`GroupSampler`]), and its number one of the optimiser step, so
-        no loader position has to be kept or restored.
+        Which prompts a round has is a function of its number ([`GroupSampler`]), and its number one of the optimiser
+        step, so no loader position has to be kept or restored.
         """
         ticks = self.sampler.rounds_per_epoch * self.args.steps_per_round * self.args.gradient_accumulation_steps
         return DataLoader(range(ticks), batch_size=1, collate_fn=list)
@@ -318,8 +319,8 @@ class DGPOTrainer(_BaseTrainer):
         return drawn.tolist()
 
     def _noisy_batch(self, rollout: Rollout, sigma: float, key: tuple[int, int, int]) -> _NoisyBatch:
-        # Without a KL term a sample of advantage 0 (masked, or of a group without preference) changes nothing. One row always
-        # stays, weighing nothing, so that every process takes part in every backward.
+        # Without a KL term a sample of advantage 0 (masked, or of a group without preference) changes nothing. One row
+        # always stays, weighing nothing, so that every process takes part in every backward.
         counts = rollout.valid if self.args.kl_coef else rollout.advantages != 0
         rows = counts if counts.any() else torch.arange(len(counts), device=counts.device) == 0
         index = rollout.local_index[rows]
@@ -339,7 +340,9 @@ class DGPOTrainer(_BaseTrainer):
     def _conditioning(self, rollout: Rollout, key: tuple[int, int, int]) -> dict[str, Tensor]:
         if not self.args.prompt_dropout:
             return rollout.conditioning
-        draws = [torch.rand(1, generator=generator(self.args.seed, "dropout", *key[:2], g)) for g in rollout.groups.tolist()]
+        draws = [
+            torch.rand(1, generator=generator(self.args.seed, "dropout", *key[:2], g)) for g in rollout.groups.tolist()
+        ]
         dropped = (torch.cat(draws) < self.args.prompt_dropout).to(rollout.x0.device)
         empty = self.backbone.encode([self.args.negative_prompt])
         return {
@@ -360,7 +363,9 @@ class DGPOTrainer(_BaseTrainer):
             reference_errors, _ = self._no_grad_pass(policy.reference(), batches)
         elif reference is not None:
             reference_errors = {"frozen": base_errors, "old": old_errors}[reference]
-        return [_MicroStep(*fixed) for fixed in zip(batches, reference_errors, old_errors, base_predictions, strict=True)]
+        return [
+            _MicroStep(*fixed) for fixed in zip(batches, reference_errors, old_errors, base_predictions, strict=True)
+        ]
 
     def _no_grad_pass(
         self, view: AbstractContextManager, batches: list[_NoisyBatch], guidance_scale: float = 1.0
@@ -445,7 +450,7 @@ class DGPOTrainer(_BaseTrainer):
     ) -> tuple[Tensor, Tensor]:
         """Clean latents on the device and uint8 images on the CPU, a sub-batch at a time."""
         x0, images = [], []
-        with view, torch.no_grad(), _evaluating(self.policy.model):
+        with view, torch.no_grad():
             for start in range(0, len(latents), batch_size):
                 rows = slice(start, start + batch_size)
                 with self.accelerator.autocast():
@@ -490,7 +495,7 @@ class DGPOTrainer(_BaseTrainer):
     def _gather(self, values: Tensor) -> Tensor:
         return self.accelerator.gather(values.to(self.args.device)).cpu()
 
-    # -- evaluation ----------------------------------------------------------------------------------------------------
+    # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: list[str], *, view: str | None = "ema", num_images: int = 1) -> Tensor:
         """
@@ -538,8 +543,8 @@ class DGPOTrainer(_BaseTrainer):
                 Prefix of the names.
 
         Returns:
-            `dict[str, float]` with `eval_reward`, its standard deviation and standard error over images, `eval_rewards/<name>/mean`
-            and `eval_images/<statistic>`.
+            `dict[str, float]` with `eval_reward`, its standard deviation and standard error over images,
+            `eval_rewards/<name>/mean` and `eval_images/<statistic>`.
         """
         datasets = _named(self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix)
         if not datasets:
@@ -566,8 +571,8 @@ class DGPOTrainer(_BaseTrainer):
         rewards = torch.cat([scores.rewards for scores, *_ in shards])
         if rewards.isnan().all():
             raise RuntimeError(
-                f"No evaluation image has a reward: {failed} of {len(rewards)} failed, to the others no reward applies. The "
-                "log above has the reason."
+                f"No evaluation image has a reward: {failed} of {len(rewards)} failed, to the others no reward "
+                "applies. The log above has the reason."
             )
         metrics = {f"{prefix}_reward": rewards.nanmean().item(), f"{prefix}_reward_std": _nanstd(rewards)}
         metrics[f"{prefix}_reward_stderr"] = _nanstd(rewards) / (~rewards.isnan()).sum().sqrt().item()
@@ -584,7 +589,7 @@ class DGPOTrainer(_BaseTrainer):
         metrics[f"{prefix}_runtime"] = round(time.perf_counter() - start, 4)
         return metrics
 
-    # -- logging -------------------------------------------------------------------------------------------------------
+    # -- logging ------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log: the means since the last one, NaN dropped
@@ -617,11 +622,11 @@ class DGPOTrainer(_BaseTrainer):
     def _send_telemetry(self) -> None:
         """Nothing is sent: TRL's report reads a transformers configuration, which a diffusers model has not."""
 
-    # -- saving --------------------------------------------------------------------------------------------------------
+    # -- saving -------------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # A checkpoint holds what training goes on from: the live policy, and the views in folders of their names. Elsewhere
-        # stands what is used: the evaluated weights, as a PEFT adapter and as diffusers' LoRA file.
+        # A checkpoint holds what training goes on from: the live policy, and the views in folders of their names.
+        # Elsewhere stands what is used: the evaluated weights, as a PEFT adapter and as diffusers' LoRA file.
         if not self.args.should_save:
             return
         directory = Path(output_dir or self.args.output_dir)
@@ -654,7 +659,7 @@ class DGPOTrainer(_BaseTrainer):
     def _buffer_file(self, directory: str) -> Path:
         return Path(directory) / f"rollout_{self.args.process_index}_of_{self.args.world_size}.pt"
 
-    # -- construction --------------------------------------------------------------------------------------------------
+    # -- construction -------------------------------------------------------------------------------------------------
 
     @staticmethod
     def _load_dtype(args: DGPOConfig, peft_config: PeftConfig | None) -> torch.dtype:
@@ -749,15 +754,21 @@ def _check_dataset(name: str, dataset: Any) -> None:
     if isinstance(dataset, dict):
         raise TypeError(f"`{name}` is a dict of {sorted(dataset)}; give one of them, such as `dataset['train']`.")
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise TypeError(f"`{name}` is {type(dataset).__name__}; it must have a length and rows by index, as `datasets.Dataset`.")
+        raise TypeError(
+            f"`{name}` is {type(dataset).__name__}; it must have a length and rows by index, as `datasets.Dataset`."
+        )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty; it needs at least one row with a `prompt`.")
     row = dataset[0]
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         shape = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"The rows of `{name}` ({shape}) need a column `prompt` of type `str`; rename the column that holds it.")
+        raise ValueError(
+            f"The rows of `{name}` ({shape}) need a column `prompt` of type `str`; rename the column that holds it."
+        )
     if clash := _RESERVED_COLUMNS & row.keys():
-        raise ValueError(f"`{name}` has the columns {sorted(clash)}, whose names rewards are called with; rename them.")
+        raise ValueError(
+            f"`{name}` has the columns {sorted(clash)}, whose names rewards are called with; rename them."
+        )
 
 
 def _nanstd(values: Tensor) -> float:

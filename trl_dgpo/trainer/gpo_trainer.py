@@ -12,11 +12,12 @@ from .gpo_config import GPOConfig
 class GPOTrainer(DGPOTrainer):
     r"""
     Trainer for Group Preference Optimization (GPO) of text-to-image diffusion models, introduced in
-    [Towards Self-Improvement of Diffusion Models via Group Preference Optimization](https://huggingface.co/papers/2505.11070).
+    [Towards Self-Improvement of Diffusion Models via Group Preference
+    Optimization](https://huggingface.co/papers/2505.11070).
 
-    It differs from [`DGPOTrainer`] in its configuration ([`GPOConfig`]: all levels, several passes, a reference that is
-    refreshed every round) and in one function, the group loss ([`~trl_dgpo.losses.gpo_loss`]). With the linear loss no
-    reference is computed at all, since it has no gradient.
+    It differs from [`DGPOTrainer`] in its configuration ([`GPOConfig`]: all levels, several passes, a reference that
+    is refreshed every round) and in one function, the group loss ([`~trl_dgpo.losses.gpo_loss`]). With the linear loss
+    no reference is computed at all, since it has no gradient.
 
     Args: as [`DGPOTrainer`], with `args` a [`GPOConfig`].
     """
