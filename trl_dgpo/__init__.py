@@ -1,4 +1,4 @@
-"""Reinforcement learning for text-to-image diffusion models in Hugging Face TRL: DGPO, GPO and what they are made of."""
+"""DGPO and GPO: reinforcement learning for text-to-image diffusion models in Hugging Face TRL."""
 
 from importlib import import_module
 

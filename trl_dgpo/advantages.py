@@ -22,7 +22,7 @@ def group_advantages(
     Centred and scaled reward of each rollout within its group.
 
     \\( A_i = (r_i - \mathrm{mean}(r)) / (\mathrm{std}(r) + \epsilon) \\) with the population standard deviation (DGPO,
-    [2510.08425](https://huggingface.co/papers/2510.08425), Eq. 13; the authors' code adds \\( \epsilon = 10^{-4} \\)).
+    [2510.08425](https://huggingface.co/papers/2510.08425); the authors' code adds \\( \epsilon = 10^{-4} \\)).
     Since \\( \sum_i A_i = 0 \\), the partition function \\( Z(c) \\) cancels from the group preference; clipping
     breaks that sum for groups of 27 and more, and `recenter_clipped` restores it.
 

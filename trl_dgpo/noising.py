@@ -100,7 +100,7 @@ def trainable_levels(sigmas: Tensor, t_min: float, shift_factor: float) -> Tenso
     r"""
     Indices of a rollout grid's noisy prefix: the levels that are trained on.
 
-    DGPO's timestep clip ([2510.08425](https://huggingface.co/papers/2510.08425), Sec. 3.4) trains on \\( t \in
+    DGPO's timestep clip ([2510.08425](https://huggingface.co/papers/2510.08425)) trains on \\( t \in
     [t_{\min}, 1] \\) alone, since a few-step rollout has its artefacts at low noise. Here \\( t \\) is a level before
     the shift, on which the grid is evenly spaced, and an index is kept iff \\( \mathrm{unshift}(\sigma) \ge t_{\min} -
     0.005 \\). The half per cent makes up for grids of whole timesteps: 10 steps and `t_min=0.4` keep the first 7
@@ -149,7 +149,7 @@ def flow_sde_step(
     max_sigma: float,
 ) -> tuple[Tensor, Tensor, float]:
     r"""
-    One stochastic step of the reverse flow (Flow-GRPO, [2505.05470](https://huggingface.co/papers/2505.05470), Eq. 9).
+    One stochastic step of the reverse flow (Flow-GRPO, [2505.05470](https://huggingface.co/papers/2505.05470)).
 
     With \\( \Delta = \sigma' - \sigma < 0 \\) and \\( s = a \sqrt{\sigma / (1 - \sigma)} \\): \\( \mu = x (1 + s^2
     \Delta / 2\sigma) + v (1 + s^2 (1 - \sigma) / 2\sigma) \Delta \\) and \\( x' = \mu + s \sqrt{-\Delta}\, z \\).

@@ -64,11 +64,21 @@ class Policy:
         views (`tuple[str, ...]`, *optional*):
             Views to keep among `"ema"`, `"old"`, `"reference"` (one that `refresh_reference` moves; without it the
             reference is the base) and, without an adapter, `"base"`. Each costs the memory of the trainable weights.
+
+    Raises:
+        `ValueError`: if the whole transformer is to be trained in half precision, where small steps round to nothing.
     """
 
     def __init__(self, transformer: nn.Module, peft_config: PeftConfig | None = None, views: tuple[str, ...] = ()):
         self.transformer = transformer
         if peft_config is None:
+            dtypes = {parameter.dtype for parameter in transformer.parameters()}
+            if dtypes & {torch.float16, torch.bfloat16}:
+                raise ValueError(
+                    f"The transformer's weights are {', '.join(map(str, dtypes))}; trained without an adapter they "
+                    "must be float32, or small steps round to nothing. Call `pipeline.transformer.float()` first (mixed "
+                    "precision is `bf16=True`), or train a LoRA."
+                )
             transformer.requires_grad_(True)
             self.model = transformer
             self._views = _Copies(transformer)
@@ -139,8 +149,12 @@ class Policy:
             self.peft_config.save_pretrained(directory)
 
     def save(self, directory: str | Path) -> None:
-        """Write policy and views for `load`: the policy in `directory`, each view in a folder of its name."""
-        for view in (None, *self.views):
+        """
+        Write policy and views for `load`: the policy in `directory`, each view in a folder of its name.
+
+        The base is not among them: it never moves, and whoever resumes starts from the same model.
+        """
+        for view in self._moving():
             target = Path(directory) / (view or "")
             if self.peft_config is not None:
                 self.save_pretrained(target, view)
@@ -156,7 +170,7 @@ class Policy:
             `FileNotFoundError`: if the policy or one of the views is missing.
             `ValueError`: if a file holds other weights than those that are trained here.
         """
-        for view in (None, *self.views):
+        for view in self._moving():
             path = Path(directory) / (view or "") / (_WEIGHTS_FILE if self.peft_config is None else _ADAPTER_FILE)
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: this is not a checkpoint with the views {self.views}.")
@@ -176,6 +190,9 @@ class Policy:
 
     def _use(self, view: str | None) -> AbstractContextManager[None]:
         return self._views.use(self._kept(view))
+
+    def _moving(self) -> tuple[str | None, ...]:
+        return (None, *(view for view in self.views if view != "base"))
 
     def _kept(self, view: str | None) -> str | None:
         # PEFT passes over an adapter that it does not know, which would make the base of a view that was never kept.

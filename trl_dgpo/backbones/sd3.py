@@ -102,7 +102,7 @@ class SD3Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.device
+        return next(self.transformer.parameters()).device
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -239,8 +239,8 @@ class SD3Backbone:
             x0 (`torch.Tensor` of shape `(B, C, h, w)`):
                 Clean latents.
             slice_size (`int`, *optional*):
-                Latents decoded at a time, a matter of memory: as many as make two megapixels if not given, 8 images of 512
-                x 512. Kernels may round differently for another batch size.
+                Latents decoded at a time, a matter of memory: as many as make two megapixels if not given, 8 images of
+                512 x 512. Kernels may round differently for another batch size.
 
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, uint8, on the VAE's device.

@@ -248,8 +248,8 @@ class DGPOTrainer(_BaseTrainer):
             self._begin_update()
         step = self._work.popleft()
         batch, args = step.batch, self.args
-        prediction = self._predict(batch, model=model)
-        errors = denoising_error(prediction, batch.target)
+        prediction, target = self._predict(batch, model=model)
+        errors = denoising_error(prediction, target)
         if args.clip_range is not None:
             errors, clipped = clip_errors(errors, step.old_errors, batch.advantages, args.clip_range)
             self._metrics["clip_ratio"].append(clipped[batch.counts].float().mean())
@@ -324,11 +324,11 @@ class DGPOTrainer(_BaseTrainer):
         counts = rollout.valid if self.args.kl_coef else rollout.advantages != 0
         rows = counts if counts.any() else torch.arange(len(counts), device=counts.device) == 0
         index = rollout.local_index[rows]
-        noise = self._normal(rollout.groups, "noise", *key)[index]  # one draw a group and level
         return _NoisyBatch(
-            x_t=self.backbone.noise(rollout.x0[rows], noise, sigma),
-            target=self.backbone.target(rollout.x0[rows], noise, sigma),
+            rollout=rollout,
+            rows=rows,
             sigma=sigma,
+            noise=self._normal(rollout.groups, "noise", *key),
             conditioning=self._conditioning(rollout, key),
             advantages=rollout.advantages[rows],
             group_index=index,
@@ -373,18 +373,24 @@ class DGPOTrainer(_BaseTrainer):
         errors, predictions = [], []
         with view, torch.no_grad(), _evaluating(self.policy.model):
             for batch in batches:
-                prediction = self._predict(batch, guidance_scale=guidance_scale)
-                errors.append(denoising_error(prediction, batch.target))
+                prediction, target = self._predict(batch, guidance_scale=guidance_scale)
+                errors.append(denoising_error(prediction, target))
                 predictions.append(prediction if self.args.kl_coef else None)
         return errors, predictions
 
-    def _predict(self, batch: _NoisyBatch, *, model: nn.Module | None = None, guidance_scale: float = 1.0) -> Tensor:
+    def _predict(
+        self, batch: _NoisyBatch, *, model: nn.Module | None = None, guidance_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Prediction and target of a batch, which is noised here and now: kept for all batches it would fill a GPU."""
+        x0, noise = batch.rollout.x0[batch.rows], batch.noise[batch.group_index]
+        x_t = self.backbone.noise(x0, noise, batch.sigma)
         conditioning = {name: rows[batch.group_index] for name, rows in batch.conditioning.items()}
         # The prepared model casts by itself; the bare transformer does not.
         with self.accelerator.autocast() if model is None else nullcontext():
-            return self.backbone.predict(
-                batch.x_t, batch.sigma, conditioning, model=model, guidance_scale=guidance_scale
+            prediction = self.backbone.predict(
+                x_t, batch.sigma, conditioning, model=model, guidance_scale=guidance_scale
             )
+        return prediction, self.backbone.target(x0, noise, batch.sigma)
 
     def _roll_out(self, round: int) -> None:
         """Sample, score and keep one round: this process's groups of it."""
@@ -406,7 +412,7 @@ class DGPOTrainer(_BaseTrainer):
             step_noise = self._step_noise(round, group_index) if args.sampler == "sde" else None
             x0, images = self._sample(
                 latents,
-                {name: value[local.to(device)] for name, value in conditioning.items()},
+                [rows[i]["prompt"] for i in local.tolist()],
                 view=self.policy.old() if use_old else nullcontext(),
                 batch_size=args.sample_batch_size,
                 num_steps=args.sample_num_steps,
@@ -440,7 +446,7 @@ class DGPOTrainer(_BaseTrainer):
     def _sample(
         self,
         latents: Tensor,
-        conditioning: dict[str, Tensor],
+        prompts: list[str],
         *,
         view: AbstractContextManager,
         batch_size: int,
@@ -448,7 +454,7 @@ class DGPOTrainer(_BaseTrainer):
         guidance_scale: float,
         step_noise: Callable[[slice, int], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Clean latents on the device and uint8 images on the CPU, a sub-batch at a time."""
+        """Clean latents on the device and uint8 images on the CPU, one a latent and prompt, a sub-batch at a time."""
         x0, images = [], []
         with view, torch.no_grad():
             for start in range(0, len(latents), batch_size):
@@ -456,7 +462,7 @@ class DGPOTrainer(_BaseTrainer):
                 with self.accelerator.autocast():
                     clean = self.backbone.sample(
                         latents[rows].to(self.args.device),
-                        {name: value[rows] for name, value in conditioning.items()},
+                        self.backbone.encode(prompts[rows]),
                         num_steps=num_steps,
                         guidance_scale=guidance_scale,
                         step_noise=None if step_noise is None else lambda step, rows=rows: step_noise(rows, step),
@@ -518,11 +524,9 @@ class DGPOTrainer(_BaseTrainer):
         args, views = self.args, ("base", *self.policy.views)
         if view is not None and view not in views:
             raise ValueError(f"`view` is {view!r}; this run has {views}, and `None` for the policy itself.")
-        index = torch.arange(len(prompts)).repeat_interleave(num_images).to(args.device)
-        conditioning = {name: value[index] for name, value in self.backbone.encode(prompts).items()}
         _, images = self._sample(
             evaluation_latents(prompts, num_images, self._latent_shape),
-            conditioning,
+            [prompt for prompt in prompts for _ in range(num_images)],
             view=nullcontext() if view is None else getattr(self.policy, view)(),
             batch_size=args.per_device_eval_batch_size,
             num_steps=args.eval_num_steps,
@@ -697,9 +701,10 @@ class DGPOTrainer(_BaseTrainer):
 class _NoisyBatch:
     """The rows of one micro-batch that are trained on, at one level."""
 
-    x_t: Tensor
-    target: Tensor
+    rollout: Rollout
+    rows: Tensor  # mask of the rollouts that are trained on
     sigma: float
+    noise: Tensor  # one draw a group and level
     conditioning: dict[str, Tensor]  # one row a group, expanded when it is used: a row of SD3 has megabytes
     advantages: Tensor
     group_index: Tensor
