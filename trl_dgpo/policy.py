@@ -76,8 +76,8 @@ class Policy:
             if dtypes & {torch.float16, torch.bfloat16}:
                 raise ValueError(
                     f"The transformer's weights are {', '.join(map(str, dtypes))}; trained without an adapter they "
-                    "must be float32, or small steps round to nothing. Call `pipeline.transformer.float()` first (mixed "
-                    "precision is `bf16=True`), or train a LoRA."
+                    "must be float32, or small steps round to nothing. Call `pipeline.transformer.float()` first ("
+                    "mixed precision is `bf16=True`), or train a LoRA."
                 )
             transformer.requires_grad_(True)
             self.model = transformer

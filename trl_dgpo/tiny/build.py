@@ -467,7 +467,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="the bundled files were made with one")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; the bundled files need one")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     build(arguments.output, seed=arguments.seed)
