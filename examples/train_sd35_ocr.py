@@ -145,9 +145,12 @@ def report(trainer: DGPOTrainer, pictures: dict[str, torch.Tensor], captions: li
     directory = Path(trainer.args.output_dir)
     evaluations = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
     first, last = evaluations[0], evaluations[-1]
+    for entry in (first, last):
+        entry["standard error"] = entry["eval_rewards/ocr/std"] / entry["eval_num_images"] ** 0.5
     print(f"\n{first['eval_num_images']} held-out images, fixed noise          before    after")
     for label, key in {
         "OCR accuracy": "eval_rewards/ocr/mean",
+        "  its standard error": "standard error",
         "exact match": "eval_rewards/ocr_exact_match/mean",
         "darkness": "eval_images/darkness",
         "contrast": "eval_images/contrast",

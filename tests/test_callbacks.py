@@ -43,8 +43,8 @@ def test_an_evaluation_is_a_line(show):
 
 
 def test_evaluations_of_several_data_sets_are_lines_too(show):
-    lines = show(eval_short_reward=0.7, eval_short_reward_stderr=0.01, eval_short_runtime=3.0).lines
-    assert lines == ["step 7: eval_short_reward 0.700, eval_short_reward_stderr 0.010"]
+    logs = {"eval_short_reward": 0.7, "eval_short_reward_stderr": 0.01, "eval_short_rewards/ocr/mean": 0.8}
+    assert show(**logs).lines == ["step 7: eval_short_reward 0.700, eval_short_rewards/ocr/mean 0.800"]
 
 
 def test_other_processes_show_nothing(show):

@@ -13,6 +13,7 @@ class RewardProgressCallback(ProgressCallback):
             return
         if "reward" in logs:
             self.training_bar.set_postfix(reward=f"{logs['reward']:.3f}", loss=f"{logs['loss']:.2e}")
-        evaluated = [f"{name} {value:.3f}" for name, value in logs.items() if re.match("eval_(.+_)?reward", name)]
+        means = re.compile(r"eval_(.+_)?reward(s/.+/mean)?")
+        evaluated = [f"{name} {value:.3f}" for name, value in logs.items() if means.fullmatch(name)]
         if evaluated:
             self.training_bar.write(f"step {state.global_step}: {', '.join(evaluated)}")

@@ -548,7 +548,7 @@ class DGPOTrainer(_BaseTrainer):
 
         Returns:
             `dict[str, float]` with `eval_reward`, its standard deviation and standard error over images,
-            `eval_rewards/<name>/mean` and `eval_images/<statistic>`.
+            `eval_rewards/<name>/mean` and `/std`, and `eval_images/<statistic>`.
         """
         datasets = _named(self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix)
         if not datasets:
@@ -583,6 +583,7 @@ class DGPOTrainer(_BaseTrainer):
         for name in self.eval_scorer.names:
             values = torch.cat([scores.by_name[name] for scores, *_ in shards])
             metrics[f"{prefix}_rewards/{name}/mean"] = values.nanmean().item()
+            metrics[f"{prefix}_rewards/{name}/std"] = _nanstd(values)
         for name in sorted({name for *_, extra in shards for name in extra}):  # from the rewards' `log_metric`
             values = [value for *_, extra in shards for value in extra.get(name, [])]
             metrics[f"{prefix}_{name}"] = sum(values) / len(values)
