@@ -2,6 +2,7 @@
 OCR accuracy of a saved LoRA in plain diffusers: the README's call, nothing of the trainer.
 
     python benchmarks/plain_call.py outputs/ocr-tiny-dgpo
+    python benchmarks/plain_call.py --guidance_scale 3        # the bundled model, without a LoRA, with guidance
 """
 
 import argparse
@@ -17,12 +18,14 @@ from trl_dgpo.tiny import tiny_pipeline_path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("lora", help="folder that the example saved to")
+    parser.add_argument("lora", nargs="?", help="folder that the example saved to")
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--num_prompts", type=int, default=256)
     arguments = parser.parse_args()
 
     pipe = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline_path())
-    pipe.load_lora_weights(arguments.lora)
+    if arguments.lora:
+        pipe.load_lora_weights(arguments.lora)
     pipe.set_progress_bar_config(disable=True)
     rows = tiny_ocr_prompts("test", arguments.num_prompts)
     prompts, texts = [row["prompt"] for row in rows], [row["text"] for row in rows]
@@ -33,7 +36,7 @@ def main() -> None:
             prompts[start : start + 32],
             latents=latents[start : start + 32],
             num_inference_steps=10,
-            guidance_scale=1.0,
+            guidance_scale=arguments.guidance_scale,
             height=32,
             width=64,
         ).images

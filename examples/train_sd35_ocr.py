@@ -54,6 +54,15 @@ TINY = {
     "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}',
     "sample_batch_size": 72,
     "eval_strategy": "steps",
+    "save_strategy": "no",
+}
+SD35 = {
+    "max_steps": 600,
+    "eval_strategy": "steps",
+    "eval_steps": 60,
+    "save_strategy": "steps",
+    "save_steps": 60,
+    "save_total_limit": 2,
 }
 RECIPES = {
     ("tiny", "dgpo"): {
@@ -75,8 +84,8 @@ RECIPES = {
     },
     # DGPOConfig's defaults are the authors' first published mode; their OCR task divides by the deviation of the whole
     # round.
-    ("sd35", "dgpo"): {"scale_rewards": "batch", "max_steps": 600, "eval_strategy": "steps", "eval_steps": 60},
-    ("sd35", "gpo"): {"max_steps": 600, "eval_strategy": "steps", "eval_steps": 60},
+    ("sd35", "dgpo"): {**SD35, "scale_rewards": "batch"},
+    ("sd35", "gpo"): SD35,
 }
 
 
@@ -100,16 +109,15 @@ def main() -> int:
     trainer = trainer_class(
         model=script.model,
         reward_funcs=OCRReward(recognition_only=tiny),
-        eval_reward_funcs=[OCRReward(recognition_only=tiny), OCRReward(recognition_only=tiny, exact_match=True)],
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian"),
+        peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian") if args.use_lora else None,
     )
-    shown = eval_dataset.select(range(8))
-    pictures = {"before": trainer.generate(shown["prompt"], view="base")}
+    shown = eval_dataset.select(range(min(8, len(eval_dataset))))
+    pictures = {"before": trainer.generate(shown["prompt"], view=None)}
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except KeyboardInterrupt:
         trainer.save_model()
         print(f"\nInterrupted after {trainer.state.global_step} steps; what was learned is in {args.output_dir}.")
@@ -132,7 +140,6 @@ def parse() -> tuple[ScriptArguments, type[DGPOTrainer], DGPOConfig]:
     parser.set_defaults(
         output_dir=f"outputs/ocr-{family}-{script.trainer}",
         report_to="none",
-        save_strategy="no",
         disable_tqdm=False,
         **RECIPES[family, script.trainer],
     )
@@ -145,13 +152,11 @@ def report(trainer: DGPOTrainer, pictures: dict[str, torch.Tensor], captions: li
     directory = Path(trainer.args.output_dir)
     evaluations = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
     first, last = evaluations[0], evaluations[-1]
-    for entry in (first, last):
-        entry["standard error"] = entry["eval_rewards/ocr/std"] / entry["eval_num_images"] ** 0.5
     print(f"\n{first['eval_num_images']} held-out images, fixed noise          before    after")
     for label, key in {
         "OCR accuracy": "eval_rewards/ocr/mean",
-        "  its standard error": "standard error",
-        "exact match": "eval_rewards/ocr_exact_match/mean",
+        "  its standard error": "eval_reward_stderr",
+        "exact match": "eval_ocr/exact_match",
         "darkness": "eval_images/darkness",
         "contrast": "eval_images/contrast",
         "saturation": "eval_images/saturation",

@@ -66,10 +66,16 @@ class Policy:
             reference is the base) and, without an adapter, `"base"`. Each costs the memory of the trainable weights.
 
     Raises:
-        `ValueError`: if the whole transformer is to be trained in half precision, where small steps round to nothing.
+        `ValueError`: if the transformer already carries an adapter, or if the whole of it is to be trained in half
+            precision, where small steps round to nothing.
     """
 
     def __init__(self, transformer: nn.Module, peft_config: PeftConfig | None = None, views: tuple[str, ...] = ()):
+        if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
+            raise ValueError(
+                "The transformer already carries an adapter, which training would lose. Merge it first "
+                "(`pipeline.fuse_lora()`, then `pipeline.unload_lora_weights()`), or load a fresh pipeline."
+            )
         self.transformer = transformer
         if peft_config is None:
             dtypes = {parameter.dtype for parameter in transformer.parameters()}

@@ -45,11 +45,11 @@ def test_accumulation_counts_processes(tmp_path, monkeypatch):
         ({"prompt_dropout": 1.0}, r"`prompt_dropout` is 1.0; .* in \[0, 1\)"),
         ({"beta": 0.0}, r"`beta` is 0.0; it must be above 0\.$"),
         ({"beta": None}, r"`beta` is None; it must be above 0\.$"),
-        ({"clip_range": 0.0}, "`clip_range` is 0.0; it must be above 0; None turns it off"),
+        ({"clip_range": -0.1}, "`clip_range` is -0.1; it must be above 0; None turns it off"),
         ({"advantage_clip": -1.0}, "`advantage_clip` is -1.0; it must be above 0; None turns it off"),
         ({"kl_coef": -0.1}, "`kl_coef` is -0.1; it must be 0 .* or more"),
         ({"kl_coef": float("nan")}, "`kl_coef` is nan"),
-        ({"old_policy_after": -1}, "`old_policy_after` is -1; .* 0 or more. None for never"),
+        ({"old_policy_after": -2}, "`old_policy_after` is -2; .* 0 or more. None for never"),
         ({"loss_type": "linear"}, "`loss_type` is 'linear'; it must be one of 'surrogate', 'logsigmoid'"),
         ({"sampler": "ddim"}, "`sampler` is 'ddim'; it must be one of 'dpm', 'euler', 'sde'"),
         ({"reference": "ema"}, "`reference` is 'ema'; it must be one of"),
@@ -167,3 +167,8 @@ def test_defaults_are_the_published_ones(tmp_path, config_class, values):
 def test_gpos_learning_rate_depends_on_what_is_trained(tmp_path):
     assert GPOConfig(output_dir=str(tmp_path), use_cpu=True, use_lora=False).learning_rate == 2e-8
     assert GPOConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-3).learning_rate == 1e-3
+
+
+def test_a_command_line_can_turn_off_what_none_turns_off(tmp_path):
+    args = DGPOConfig(output_dir=str(tmp_path), clip_range=0.0, advantage_clip=0.0, old_policy_after=-1)
+    assert args.clip_range is args.advantage_clip is args.old_policy_after is None

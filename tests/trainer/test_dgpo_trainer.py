@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel
 from tiny_models import tiny_random_pipeline
 from tiny_trainers import (
     Gradient,
@@ -36,7 +36,7 @@ from trl_dgpo.seeding import generator
 
 
 # Four groups of four: two that learn, one with a failure, one without a preference.
-REWARDS = (0.1, 0.9, 0.4, 0.2, 1.0, 0.0, float("nan"), 0.3, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 1.0)
+REWARDS = (0.1, 0.9, 0.3, 0.2, 1.0, 0.0, float("nan"), 0.3, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 1.0)
 ACTIVE = {"beta": 100.0, "clip_range": 1e-3, "max_grad_norm": 0.0}
 
 
@@ -157,8 +157,8 @@ def fixed_gate(trainer):
 
 
 def noise_of_micro_batch(trainer):
-    honest = trainer._normal
-    trainer._normal = lambda groups, *key: honest(torch.arange(len(groups)), *key)
+    honest = trainer._group_noise
+    trainer._group_noise = lambda groups, key: honest(torch.arange(len(groups)), key)
 
 
 @pytest.mark.parametrize("fault", [fixed_gate, noise_of_micro_batch])
@@ -328,11 +328,12 @@ def test_noise_is_shared_by_a_group_and_by_nothing_else(tmp_path):
 
     trainer.backbone.noise = spy
     trainer.train()
-    draws = torch.stack(draws).flatten(1)  # 2 rounds x 2 passes x 2 levels x 4 groups
-    assert len(draws) == 32
-    assert len(draws.unique(dim=0)) == 32
+    # 2 rounds x 2 passes, each the reference's forwards and then the policy's, of 2 levels x 4 groups
+    draws = torch.stack(draws).view(4, 2, 8, -1)
+    assert torch.equal(draws[:, 0], draws[:, 1])
+    assert len(draws[:, 0].flatten(0, 1).unique(dim=0)) == 32
     # Four passes of two micro-batches of two levels: the same for both, none twice, all of the noisy prefix.
-    levels = torch.tensor(sigmas, dtype=torch.float64).view(4, 2, 2)
+    levels = torch.tensor(sigmas, dtype=torch.float64).view(4, 2, 2, 2)[:, 0]
     assert torch.equal(levels[:, 0], levels[:, 1])
     assert (levels[:, 0, 0] != levels[:, 0, 1]).all()
     assert len(levels[:, 0].unique(dim=0)) > 1
@@ -892,13 +893,17 @@ def test_averages_that_cannot_move_are_told(tmp_path, caplog):
             r"\(\['text'\]\) need a column `prompt` of type `str`; rename",
         ),
         ({"train_dataset": [{"prompt": 3}]}, ValueError, "need a column `prompt` of type `str`"),
-        ({"train_dataset": [{"prompt": "a", "images": 1}]}, ValueError, r"columns \['images'\].*rename them"),
+        ({"train_dataset": [{"prompt": "a", "images": 1}]}, ValueError, r"columns \['images'\].*rename the columns"),
         ({"train_dataset": iter("ab")}, TypeError, "`train_dataset` is str_.*iterator; it must have a length"),
         ({"train_dataset": {"train": []}}, TypeError, r"dict of \['train'\]; give one of them"),
         ({"eval_dataset": {"x": prompt_dataset()}}, ValueError, "`eval_dataset_x` is empty"),
         ({"reward_funcs": []}, ValueError, "`reward_funcs` is empty"),
         ({"reward_weights": [1.0, 2.0]}, ValueError, "2 numbers for 1 rewards"),
         ({"model": "no/such/folder/here"}, ValueError, "does not exist. Give an existing folder or an id"),
+        ({"reward_funcs": lambda images, text, **kwargs: [0.0]}, ValueError, r"needs \['text'\], but the data set"),
+        ({"peft_config": LoraConfig(r=2), "use_lora": False}, ValueError, "give one of them"),
+        ({"peft_config": IA3Config()}, TypeError, "is a IA3Config; it must be a `LoraConfig`"),
+        ({"auto_find_batch_size": True}, ValueError, "cannot divide groups"),
         ({"resolution": 33}, ValueError, "`height` is 33; this model takes multiples of"),
         ({"num_train_timesteps": 4}, ValueError, r"\(4\) is more than the 3 levels that `t_min` \(0.4\).*Lower"),
     ],
@@ -913,6 +918,13 @@ def test_a_pipeline_of_another_family_is_told(tmp_path):
                        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))  # fmt: skip
     with pytest.raises(ValueError, match=r"a DDPMPipeline, which is not supported\. Supported: StableDiffusion3"):
         tiny_trainer(tmp_path, model=DDPMPipeline(unet, DDPMScheduler()))
+
+
+def test_a_pipeline_that_carries_an_adapter_is_told(tmp_path):
+    pipeline = tiny_random_pipeline()
+    tiny_trainer(tmp_path, model=pipeline)
+    with pytest.raises(ValueError, match="already carries an adapter, which training would lose"):
+        tiny_trainer(tmp_path, model=pipeline)
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):

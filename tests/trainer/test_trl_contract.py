@@ -4,6 +4,7 @@ here, and says where.
 """
 
 import inspect
+import json
 import logging
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 import trl.trainer.base_trainer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from tiny_trainers import brightness, prompt_dataset, tiny_trainer
+from tiny_trainers import brightness, prompt_dataset, tiny_trainer, weights
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import ModelConfig, get_peft_config
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -139,3 +141,18 @@ def test_progress_bar_takes_the_place_of_trainers(tmp_path):
 def test_trainers_take_no_positional_arguments(tmp_path):
     with pytest.raises(TypeError, match="positional"):
         DGPOTrainer("model", brightness, train_dataset=prompt_dataset("a"))
+
+
+def test_loggers_can_read_the_models_configuration(tmp_path):
+    config = tiny_trainer(tmp_path).model.config
+    assert json.loads(config.to_json_string())["num_layers"] == 2
+    assert config.to_dict()["patch_size"] == 2
+
+
+def test_trls_own_peft_config_is_taken(tmp_path):
+    peft_config = get_peft_config(ModelConfig(use_peft=True, lora_r=2))
+    assert peft_config.task_type == "CAUSAL_LM"
+    trainer = tiny_trainer(tmp_path, peft_config=peft_config)
+    assert peft_config.task_type == "CAUSAL_LM"  # the caller's is left alone
+    assert any(name.endswith("attn.to_q.lora_A.default.weight") for name in weights(trainer))
+    trainer.train()

@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -101,16 +101,7 @@ class RewardScorer:
             `RewardOutputError`: if a reward returns the wrong kind or number of results (a `ValueError`).
             `ValueError`: if a reward lacks a column, or a column has the name of what rewards are given anyway.
         """
-        given = {"prompts": prompts, "completions": images, "images": images, **context}
-        if clash := sorted(given.keys() & columns.keys()):
-            raise ValueError(
-                f"The data set's columns {clash} have names that rewards are called with; rename the columns."
-            )
-        for func, name in zip(self.funcs, self.names, strict=True):
-            if missing := [parameter for parameter in _required(func) if parameter not in {**given, **columns}]:
-                raise ValueError(
-                    f"Reward `{name}` needs {missing}, but the data set's other columns are {sorted(columns)}."
-                )
+        self.check(columns, context)
         pictures = None
         if any(_input_type(func) == "pil" for func in self.funcs):
             pictures = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
@@ -126,6 +117,30 @@ class RewardScorer:
             applies |= torch.tensor([value is not None for value in values])
             failed |= torch.tensor([value is not None and math.isnan(value) for value in values])
         return Scores(total.masked_fill(~applies | failed, math.nan), by_name, failed)
+
+    def check(self, columns: Iterable[str], context: Iterable[str] = ()) -> None:
+        """
+        Whether the rewards can be called at all.
+
+        Args:
+            columns (iterable of `str`):
+                Names of the data set's columns other than `prompt`.
+            context (iterable of `str`):
+                Names of what is handed on to the rewards besides.
+
+        Raises:
+            `ValueError`: if a reward lacks a column, or a column has the name of what rewards are given anyway.
+        """
+        given = {"prompts", "completions", "images", *context}
+        if clash := sorted(given & set(columns)):
+            raise ValueError(
+                f"The data set's columns {clash} have names that rewards are called with; rename the columns."
+            )
+        for func, name in zip(self.funcs, self.names, strict=True):
+            if missing := [parameter for parameter in _required(func) if parameter not in given | set(columns)]:
+                raise ValueError(
+                    f"Reward `{name}` needs {missing}, but the data set's other columns are {sorted(columns)}."
+                )
 
     def _score(self, func, name, completions, prompts, columns, context) -> list[float | None]:
         try:

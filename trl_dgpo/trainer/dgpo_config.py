@@ -30,7 +30,10 @@ class DGPOConfig(_BaseConfig):
             Images sampled at a time on one device. `num_generations` if not set.
         sampler (`str`, *optional*, defaults to `"dpm"`):
             `"dpm"` (second-order DPM-Solver++), `"euler"` on the same levels, or `"sde"` (Flow-GRPO's stochastic
-            steps, an ablation). The model's own levels are not used.
+            steps, an ablation).
+        sigmas (`str`, *optional*, defaults to `"dpm"`):
+            Levels of the rollouts: `"dpm"`, DPM-Solver++'s own grid, or `"model"`, that of the pipeline's scheduler,
+            which `"euler"` and `"sde"` alone can walk.
         sample_num_steps (`int`, *optional*, defaults to `10`):
             Sampling steps of a rollout.
         sample_guidance_scale (`float`, *optional*, defaults to `4.5`):
@@ -44,7 +47,8 @@ class DGPOConfig(_BaseConfig):
         negative_prompt (`str`, *optional*, defaults to `""`):
             The unconditional side of guidance.
         old_policy_after (`int`, *optional*, defaults to `200`):
-            Optimiser steps after which rollouts come from the old policy, from the next round on. `None` for never.
+            Optimiser steps after which rollouts come from the old policy, from the next round on. `None` or -1 for
+            never.
 
         > Parameters that control the objective
 
@@ -58,13 +62,13 @@ class DGPOConfig(_BaseConfig):
             Weight of the squared velocity difference to the frozen base model. 0 for none. With `"logsigmoid"` it is
             multiplied by `beta`, to mean the same.
         clip_range (`float`, *optional*, defaults to `1e-3`):
-            Clip of \\( \exp(d^{\mathrm{old}} - d) \\), see [`~trl_dgpo.losses.clip_errors`]. `None` for no clip, which
-            saves a forward a level.
+            Clip of \\( \exp(d^{\mathrm{old}} - d) \\), see [`~trl_dgpo.losses.clip_errors`]. `None` or 0 for no clip,
+            which saves a forward a level.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"group"`):
             What advantages are divided by: `"group"` or `True`, `"batch"`, `"none"` or `False`; `"sign"` for wins
             minus losses. See [`~trl_dgpo.advantages.group_advantages`].
         advantage_clip (`float`, *optional*, defaults to `5.0`):
-            Bound on advantages, `None` for none.
+            Bound on advantages, `None` or 0 for none.
         recenter_clipped (`bool`, *optional*, defaults to `False`):
             Restore the advantages' sum of 0 where that bound acted.
         reward_weights (`list[float]`, *optional*):
@@ -131,6 +135,10 @@ class DGPOConfig(_BaseConfig):
         default=1, metadata={"help": "Optimiser steps between two logs. A step is hundreds of images, so 1."}
     )
     eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Every trained weight has a part in every backward, so there is nothing to find."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Dataset columns are handed to the rewards, so all are kept."}
     )
@@ -149,6 +157,7 @@ class DGPOConfig(_BaseConfig):
         default=None, metadata={"help": "Images sampled at a time on one device. `num_generations` if not set."}
     )
     sampler: str = field(default="dpm", metadata={"help": "Rollout sampler.", "choices": ["dpm", "euler", "sde"]})
+    sigmas: str = field(default="dpm", metadata={"help": "Levels of the rollouts.", "choices": ["dpm", "model"]})
     sample_num_steps: int = field(default=10, metadata={"help": "Sampling steps of a rollout."})
     sample_guidance_scale: float = field(
         default=4.5, metadata={"help": "Classifier-free guidance of rollouts. 1 or less turns it off."}
@@ -159,7 +168,7 @@ class DGPOConfig(_BaseConfig):
     negative_prompt: str = field(default="", metadata={"help": "The unconditional side of guidance."})
     old_policy_after: int | None = field(
         default=200,
-        metadata={"help": "Optimiser steps after which rollouts come from the old policy. Never if not set."},
+        metadata={"help": "Optimiser steps after which rollouts come from the old policy. -1 for never."},
     )
 
     # Parameters that control the objective
@@ -168,11 +177,13 @@ class DGPOConfig(_BaseConfig):
     )
     loss_type: str = field(default="surrogate", metadata={"help": "'surrogate' or 'logsigmoid'."})
     kl_coef: float = field(default=0.001, metadata={"help": "Weight of the squared velocity difference to the base."})
-    clip_range: float | None = field(default=1e-3, metadata={"help": "Clip of the error ratio to the old policy."})
+    clip_range: float | None = field(
+        default=1e-3, metadata={"help": "Clip of the error ratio to the old policy. 0 for none."}
+    )
     scale_rewards: str = field(
         default="group", metadata={"help": "What advantages are divided by: 'group', 'batch', 'none' or 'sign'."}
     )
-    advantage_clip: float | None = field(default=5.0, metadata={"help": "Bound on advantages."})
+    advantage_clip: float | None = field(default=5.0, metadata={"help": "Bound on advantages. 0 for none."})
     recenter_clipped: bool = field(
         default=False, metadata={"help": "Restore the advantages' sum of 0 where that bound acted."}
     )
@@ -216,6 +227,12 @@ class DGPOConfig(_BaseConfig):
         if self.bf16 is None and not self.fp16:
             # TRL's default of bf16 everywhere raises on machines that have none; there we train in float32.
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        # A command line has no None.
+        self.clip_range = None if self.clip_range == 0 else self.clip_range
+        self.advantage_clip = None if self.advantage_clip == 0 else self.advantage_clip
+        self.old_policy_after = None if self.old_policy_after == -1 else self.old_policy_after
+        if self.width is None:
+            self.width = self.resolution
         if self.activation_checkpointing is None:
             # Its old name, in which TRL's default stands, warns.
             self.activation_checkpointing = self.gradient_checkpointing
@@ -249,6 +266,7 @@ class DGPOConfig(_BaseConfig):
     def _check_objective(self) -> None:
         _check_choice("loss_type", self.loss_type, self._loss_types)
         _check_choice("sampler", self.sampler, ("dpm", "euler", "sde"))
+        _check_choice("sigmas", self.sigmas, ("dpm", "model"))
         _check_choice("reference", self.reference, ("frozen", "old", "refreshed"))
         _check_choice("timestep_sampling", self.timestep_sampling, ("grid", "continuous"))
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, str(self.scale_rewards).lower())
@@ -292,6 +310,8 @@ class DGPOConfig(_BaseConfig):
             "updates_per_round",
             "ema_every",
             "resolution",
+            "width",
+            "max_sequence_length",
             "sample_batch_size",
             "per_device_train_batch_size",
         ):

@@ -8,7 +8,9 @@ This file deals prompts, rolls out, scores, and orders the forwards of an update
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -20,7 +22,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
-from peft import PeftConfig
+from diffusers.configuration_utils import FrozenDict
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, TrainerCallback, set_seed
@@ -44,7 +47,7 @@ from .dgpo_config import DGPOConfig
 
 logger = logging.getLogger(__name__)
 
-_RESERVED_COLUMNS = {"prompts", "completions", "images", "trainer_state", "log_metric"}
+_REWARD_CONTEXT = ("trainer_state", "log_metric")
 
 
 class DGPOTrainer(_BaseTrainer):
@@ -77,7 +80,7 @@ class DGPOTrainer(_BaseTrainer):
     ```
 
     Args:
-        model (`str` or `~diffusers.DiffusionPipeline`):
+        model (`str`, `os.PathLike` or `~diffusers.DiffusionPipeline`):
             Hub id, folder, `"tiny"` (the bundled model) or pipeline. A pipeline's transformer is changed in place.
         reward_funcs (callable or `list` of callables):
             Rewards in TRL's keyword form: `f(prompts, completions, **kwargs) -> list[float | None]`, where
@@ -95,7 +98,7 @@ class DGPOTrainer(_BaseTrainer):
             Further callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and scheduler in place of those of `args`.
-        peft_config (`~peft.PeftConfig`, *optional*):
+        peft_config (`~peft.LoraConfig`, *optional*):
             Adapter to train in place of the default LoRA of `args.use_lora`. Without `target_modules` it is put on the
             family's attention projections.
 
@@ -133,7 +136,7 @@ class DGPOTrainer(_BaseTrainer):
     def __init__(
         self,
         *,
-        model: str | DiffusionPipeline,
+        model: str | os.PathLike | DiffusionPipeline,
         reward_funcs: RewardFunc | list[RewardFunc],
         args: DGPOConfig | None = None,
         train_dataset: Any = None,
@@ -141,7 +144,7 @@ class DGPOTrainer(_BaseTrainer):
         eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
-        peft_config: PeftConfig | None = None,
+        peft_config: LoraConfig | None = None,
     ):
         args = self._config_class() if args is None else args
         if args.n_gpu > 1:
@@ -149,12 +152,33 @@ class DGPOTrainer(_BaseTrainer):
                 f"{args.n_gpu} GPUs are visible to one process. Start one process a GPU (`accelerate launch`), or "
                 "show it one (`CUDA_VISIBLE_DEVICES=0`)."
             )
+        if args.fsdp or args.deepspeed:
+            raise ValueError(
+                "FSDP and DeepSpeed are not supported: rollouts call the unwrapped transformer. A LoRA needs neither; "
+                "use plain `accelerate launch` or `torchrun`."
+            )
+        if args.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` cannot divide groups; set `per_device_train_batch_size` and "
+                "`sample_batch_size`."
+            )
+        if peft_config is not None and not args.use_lora:
+            raise ValueError("`peft_config` is given and `use_lora` is False; give one of them.")
+        if peft_config is not None and not isinstance(peft_config, LoraConfig):
+            raise TypeError(
+                f"`peft_config` is a {type(peft_config).__name__}; it must be a `LoraConfig`, which diffusers loads."
+            )
+        if args.eval_on_start and eval_dataset is None:
+            args = copy.copy(args)  # the caller's may serve another trainer
+            args.eval_on_start = False
         _check_dataset("train_dataset", train_dataset)
         for name, dataset in _named(eval_dataset).items():
             _check_dataset(name, dataset)
-        args.eval_on_start = args.eval_on_start and eval_dataset is not None
         self.scorer = RewardScorer(reward_funcs, args.reward_weights)
         self.eval_scorer = self.scorer if eval_reward_funcs is None else RewardScorer(eval_reward_funcs)
+        self.scorer.check(train_dataset[0].keys() - {"prompt"}, _REWARD_CONTEXT)
+        for dataset in _named(eval_dataset).values():
+            self.eval_scorer.check(dataset[0].keys() - {"prompt"}, _REWARD_CONTEXT)
         self.sampler = GroupSampler(
             len(train_dataset), args.prompts_per_round, seed=args.seed, shuffle=args.shuffle_dataset
         )
@@ -163,18 +187,21 @@ class DGPOTrainer(_BaseTrainer):
         self.backbone = load_backbone(
             tiny_pipeline_path() if model == "tiny" else model,
             sampler=args.sampler,
+            sigmas=args.sigmas,
             max_sequence_length=args.max_sequence_length,
             negative_prompt=args.negative_prompt,
-            dtype=self._load_dtype(args, peft_config) if isinstance(model, str) else None,
+            dtype=None if isinstance(model, DiffusionPipeline) else self._load_dtype(args),
         )
-        self._latent_shape = self.backbone.latent_shape(args.height, args.width or args.height)
+        self._latent_shape = self.backbone.latent_shape(args.height, args.width)
         self._levels = self._train_levels(args)
-        if peft_config is None and args.use_lora:
-            peft_config = lora_config(self.backbone.LORA_TARGETS)
-        elif peft_config is not None and getattr(peft_config, "target_modules", ()) is None:
-            peft_config = copy.deepcopy(peft_config)
-            peft_config.target_modules = list(self.backbone.LORA_TARGETS)
+        if args.use_lora:
+            peft_config = copy.deepcopy(peft_config) or lora_config(self.backbone.LORA_TARGETS)
+            peft_config.target_modules = peft_config.target_modules or list(self.backbone.LORA_TARGETS)
+            peft_config.task_type = None  # TRL's own `get_peft_config` says CAUSAL_LM, which PEFT takes at its word
+        self.backbone.transformer._internal_dict = _ModelConfig(self.backbone.transformer.config)
         self.policy = Policy(self.backbone.transformer, peft_config, self._views(args, eval_dataset is not None))
+        if peft_config is not None:  # PEFT asks the transformer, which is only a part of the model
+            peft_config.base_model_name_or_path = self.backbone.pipeline.config.get("_name_or_path")
         # Trainer asks the model for this; diffusers has it under another name.
         self.policy.model.activation_checkpointing_enable = lambda **_: self.backbone.enable_gradient_checkpointing()
 
@@ -221,6 +248,7 @@ class DGPOTrainer(_BaseTrainer):
         return DataLoader(range(ticks), batch_size=1, collate_fn=list)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train from the start, or go on from a checkpoint: see [`~transformers.Trainer.train`]."""
         # Nothing of an earlier call, which may have been interrupted anywhere, goes on.
         self.buffer.clear()
         self._failures = FailureWindow()
@@ -230,9 +258,9 @@ class DGPOTrainer(_BaseTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         before = dict(self._seconds)
-        start = time.perf_counter()
+        start = self._clock()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        elapsed = time.perf_counter() - start
+        elapsed = self._clock() - start
         # What this step did besides updating has its own clock.
         self._seconds["update"] += elapsed - sum(s - before.get(name, 0.0) for name, s in self._seconds.items())
         if not self._work:
@@ -328,7 +356,7 @@ class DGPOTrainer(_BaseTrainer):
             rollout=rollout,
             rows=rows,
             sigma=sigma,
-            noise=self._normal(rollout.groups, "noise", *key),
+            noise=self._group_noise(rollout.groups, key),
             conditioning=self._conditioning(rollout, key),
             advantages=rollout.advantages[rows],
             group_index=index,
@@ -425,6 +453,8 @@ class DGPOTrainer(_BaseTrainer):
         # Every process sees all rewards: batch statistics, the log and the decision to stop are the same in each.
         rewards, groups = self._gather(scores.rewards), self._gather(group_index)
         self._failures.update(self._gather(scores.failed))
+        if rewards.isnan().all():
+            logger.warning("No reward applies to any image of round %d: nothing is learned from it.", round)
         advantages = group_advantages(
             rewards,
             groups,
@@ -437,7 +467,7 @@ class DGPOTrainer(_BaseTrainer):
         rollout = Rollout(
             x0=x0,
             conditioning=conditioning,
-            rewards=rewards[own].to(device),
+            rewards=rewards[own].float().to(device),
             advantages=advantages[own].float().to(device),
             group_index=group_index,
         )
@@ -481,9 +511,8 @@ class DGPOTrainer(_BaseTrainer):
 
         return draw
 
-    def _normal(self, groups: Tensor, *key: str | int) -> Tensor:
-        purpose, *numbers = key
-        streams = [generator(self.args.seed, purpose, *numbers, group) for group in groups.tolist()]
+    def _group_noise(self, groups: Tensor, key: tuple[int, int, int]) -> Tensor:
+        streams = [generator(self.args.seed, "noise", *key, group) for group in groups.tolist()]
         return torch.stack([torch.randn(self._latent_shape, generator=s) for s in streams]).to(self.args.device)
 
     def _score(
@@ -499,7 +528,10 @@ class DGPOTrainer(_BaseTrainer):
         )
 
     def _gather(self, values: Tensor) -> Tensor:
-        return self.accelerator.gather(values.to(self.args.device)).cpu()
+        # One process keeps its float64, which not every device has.
+        return (
+            values.cpu() if self.args.world_size == 1 else self.accelerator.gather(values.to(self.args.device)).cpu()
+        )
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -521,7 +553,7 @@ class DGPOTrainer(_BaseTrainer):
         Raises:
             `ValueError`: if there is no such view.
         """
-        args, views = self.args, ("base", *self.policy.views)
+        args, views = self.args, (*(("base",) if self.policy.peft_config else ()), *self.policy.views)
         if view is not None and view not in views:
             raise ValueError(f"`view` is {view!r}; this run has {views}, and `None` for the policy itself.")
         _, images = self._sample(
@@ -620,9 +652,14 @@ class DGPOTrainer(_BaseTrainer):
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._clock()
         yield
-        self._seconds[name] += time.perf_counter() - start
+        self._seconds[name] += self._clock() - start
+
+    def _clock(self) -> float:
+        if self.args.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
 
     def _send_telemetry(self) -> None:
         """Nothing is sent: TRL's report reads a transformers configuration, which a diffusers model has not."""
@@ -667,9 +704,9 @@ class DGPOTrainer(_BaseTrainer):
     # -- construction -------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _load_dtype(args: DGPOConfig, peft_config: PeftConfig | None) -> torch.dtype:
+    def _load_dtype(args: DGPOConfig) -> torch.dtype:
         # Frozen weights are kept in the dtype that they are used in; trained ones in float32.
-        if not args.use_lora and peft_config is None:
+        if not args.use_lora:
             return torch.float32
         return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
@@ -724,6 +761,16 @@ class _MicroStep:
     base_prediction: Tensor | None
 
 
+class _ModelConfig(FrozenDict):
+    """What Trainer's logging integrations ask of a model's configuration, which diffusers' own has not."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(dict(self), indent=2, default=str)
+
+
 class _MoveAverages(TrainerCallback):
     """Moves the averaged weights after every optimiser step that was taken."""
 
@@ -770,10 +817,6 @@ def _check_dataset(name: str, dataset: Any) -> None:
         shape = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(
             f"The rows of `{name}` ({shape}) need a column `prompt` of type `str`; rename the column that holds it."
-        )
-    if clash := _RESERVED_COLUMNS & row.keys():
-        raise ValueError(
-            f"`{name}` has the columns {sorted(clash)}, whose names rewards are called with; rename them."
         )
 
 

@@ -1,0 +1,60 @@
+"""Two processes on the CPU, as `torchrun` starts them, against one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))
+    launchers = {
+        "one": [sys.executable],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    }
+    for name, launcher in launchers.items():
+        command = [*launcher, __file__, str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, first, second = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one.0", "two.0", "two.1"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    difference = sum((first[n] - one[n]).square().sum() for n in one).sqrt()
+    assert difference < 1e-5 * sum(weight.square().sum() for weight in one.values()).sqrt()
+    logs = {name: json.loads((tmp_path / f"{name}.0.json").read_text()) for name in launchers}
+    for mine, theirs in zip(logs["one"], logs["two"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for key in mine.keys() & {"reward", "reward_std", "frac_reward_zero_std", "eval_reward", "eval_num_images"}:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-6)
+    assert (tmp_path / "two" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def run(output: Path) -> None:
+    from tiny_trainers import brightness, prompt_dataset, scramble, tiny_trainer, weights
+
+    trainer = tiny_trainer(
+        output,
+        reward_funcs=brightness,
+        train_dataset=prompt_dataset("a", "b", "c", "d", "e"),
+        eval_dataset=prompt_dataset("x", "y", "z"),
+        num_iterations=2,
+        updates_per_round=2,
+        max_steps=6,
+        kl_coef=0.1,
+        clip_range=1e-3,
+        beta=1e4,
+    )
+    scramble(trainer)
+    trainer.train()
+    trainer.save_model()
+    rank = trainer.args.process_index
+    torch.save({n: w.detach() for n, w in weights(trainer).items()}, f"{output}.{rank}.pt")
+    Path(f"{output}.{rank}.json").write_text(json.dumps(trainer.state.log_history))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
