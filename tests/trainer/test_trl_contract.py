@@ -12,6 +12,7 @@ import torch
 import trl.trainer.base_trainer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from tiny_models import tiny_random_pipeline
 from tiny_trainers import brightness, prompt_dataset, tiny_trainer, weights
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -156,3 +157,12 @@ def test_trls_own_peft_config_is_taken(tmp_path):
     assert peft_config.task_type == "CAUSAL_LM"  # the caller's is left alone
     assert any(name.endswith("attn.to_q.lora_A.default.weight") for name in weights(trainer))
     trainer.train()
+
+
+def test_a_model_given_as_a_path_is_named_in_what_is_saved(tmp_path):
+    folder = tmp_path / "model"
+    tiny_random_pipeline(third_text_encoder=True).save_pretrained(folder)
+    trainer = tiny_trainer(tmp_path / "output", model=folder)
+    trainer.save_model()
+    config = json.loads((tmp_path / "output" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder)

@@ -69,8 +69,12 @@ def load_backbone(
     index = _read_index(model, revision)
     _check_family({index["_class_name"]}, f"{os.fspath(model)!r}, a {index['_class_name']}")
     left_out = {name: None for name, entry in index.items() if entry == [None, None]}
+    # As a string: diffusers keeps the name in its configuration, and a `Path` there cannot be written to JSON.
     pipeline = DiffusionPipeline.from_pretrained(
-        model, revision=revision, dtype={"default": dtype or torch.float32, "vae": torch.float32}, **left_out
+        os.fspath(model),
+        revision=revision,
+        dtype={"default": dtype or torch.float32, "vae": torch.float32},
+        **left_out,
     )
     return SD3Backbone(pipeline, **options)
 
