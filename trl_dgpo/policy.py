@@ -132,7 +132,10 @@ class Policy:
 
     def lora_state_dict(self, view: str | None = None) -> dict[str, Tensor]:
         """Adapter weights in PEFT's key format, without an adapter name."""
-        return get_peft_model_state_dict(self.model, adapter_name=self._kept(view) or _POLICY)
+        # A transformer has no vocabulary; left to itself PEFT looks for one, on the Hub too.
+        return get_peft_model_state_dict(
+            self.model, adapter_name=self._kept(view) or _POLICY, save_embedding_layers=False
+        )
 
     def save_pretrained(self, directory: str | Path, view: str | None = None) -> None:
         """
