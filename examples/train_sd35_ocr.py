@@ -112,7 +112,9 @@ def main() -> int:
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian") if args.use_lora else None,
+        peft_config=None
+        if args.full_finetuning
+        else LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian"),
     )
     shown = eval_dataset.select(range(min(8, len(eval_dataset))))
     pictures = {"before": trainer.generate(shown["prompt"], view=None)}

@@ -165,7 +165,7 @@ def test_defaults_are_the_published_ones(tmp_path, config_class, values):
 
 
 def test_gpos_learning_rate_depends_on_what_is_trained(tmp_path):
-    assert GPOConfig(output_dir=str(tmp_path), use_cpu=True, use_lora=False).learning_rate == 2e-8
+    assert GPOConfig(output_dir=str(tmp_path), use_cpu=True, full_finetuning=True).learning_rate == 2e-8
     assert GPOConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-3).learning_rate == 1e-3
 
 

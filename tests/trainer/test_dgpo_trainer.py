@@ -301,7 +301,12 @@ def test_every_rollout_starts_from_its_own_latent(tmp_path):
     x0 = []
     for seed in (0, 1):
         trainer = tiny_trainer(
-            tmp_path, seed=seed, train_dataset=prompt_dataset("a"), learning_rate=0.0, max_steps=2, use_lora=False
+            tmp_path,
+            seed=seed,
+            train_dataset=prompt_dataset("a"),
+            learning_rate=0.0,
+            max_steps=2,
+            full_finetuning=True,
         )
         fill = trainer.buffer.fill
         trainer.buffer.fill = lambda rollout, round, fill=fill: x0.append(rollout.x0) or fill(rollout, round)
@@ -506,7 +511,7 @@ LONG = {
 }
 KINDS = {
     "lora": {"peft_config": with_dropout, "clip_range": 1e-3, "kl_coef": 0.1, "sample_guidance_scale": 4.5},
-    "full": {"use_lora": False, "kl_coef": 0.1},
+    "full": {"full_finetuning": True, "kl_coef": 0.1},
     "gpo": {"trainer_class": GPOTrainer, "loss_type": "logsigmoid", "scale_rewards": "sign"},
 }
 
@@ -665,7 +670,7 @@ def test_plain_diffusers_draws_the_trainers_pictures(tmp_path, save_ema, guidanc
 
 
 def test_full_fine_tuning_is_saved_as_a_transformer(tmp_path):
-    trainer = tiny_trainer(tmp_path, use_lora=False, learning_rate=1e-2)
+    trainer = tiny_trainer(tmp_path, full_finetuning=True, learning_rate=1e-2)
     trainer.train()
     trainer.save_model()
     pipeline = tiny_random_pipeline()
@@ -819,7 +824,9 @@ def test_8_bit_adam(tmp_path):
 
 
 def test_full_fine_tuning_leaves_the_frozen_model_alone(tmp_path):
-    trainer = tiny_trainer(tmp_path, use_lora=False, kl_coef=0.1, clip_range=1e-3, learning_rate=1e-2, max_steps=2)
+    trainer = tiny_trainer(
+        tmp_path, full_finetuning=True, kl_coef=0.1, clip_range=1e-3, learning_rate=1e-2, max_steps=2
+    )
     start = weights(trainer)
     trainer.train()
     assert same(weights(trainer, "base"), start)
@@ -901,7 +908,7 @@ def test_averages_that_cannot_move_are_told(tmp_path, caplog):
         ({"reward_weights": [1.0, 2.0]}, ValueError, "2 numbers for 1 rewards"),
         ({"model": "no/such/folder/here"}, ValueError, "does not exist. Give an existing folder or an id"),
         ({"reward_funcs": lambda images, text, **kwargs: [0.0]}, ValueError, r"needs \['text'\], but the data set"),
-        ({"peft_config": LoraConfig(r=2), "use_lora": False}, ValueError, "give one of them"),
+        ({"peft_config": LoraConfig(r=2), "full_finetuning": True}, ValueError, "choose one of them"),
         ({"peft_config": IA3Config()}, TypeError, "is a IA3Config; it must be a `LoraConfig`"),
         ({"auto_find_batch_size": True}, ValueError, "cannot divide groups"),
         ({"resolution": 33}, ValueError, "`height` is 33; this model takes multiples of"),

@@ -97,9 +97,9 @@ class DGPOConfig(_BaseConfig):
             Passes over a round, each with its own levels and noise.
         updates_per_round (`int`, *optional*, defaults to `1`):
             Optimiser steps of a pass: equal parts, in whole groups.
-        use_lora (`bool`, *optional*, defaults to `True`):
-            Train a LoRA (rank 64, alpha 128, the joint blocks' attention projections; `peft_config` for another).
-            `False` trains the whole transformer.
+        full_finetuning (`bool`, *optional*, defaults to `False`):
+            Train the whole transformer in place of a LoRA (rank 64, alpha 128, the joint blocks' attention
+            projections; `peft_config` for another).
         ema_every (`int`, *optional*, defaults to `8`):
             Optimiser steps between two moves of the `ema` weights, which are evaluated and saved.
         save_ema (`bool`, *optional*, defaults to `True`):
@@ -209,7 +209,7 @@ class DGPOConfig(_BaseConfig):
     # Parameters that control the updates
     num_iterations: int = field(default=1, metadata={"help": "Passes over a round."})
     updates_per_round: int = field(default=1, metadata={"help": "Optimiser steps of a pass."})
-    use_lora: bool = field(default=True, metadata={"help": "Train a LoRA; the whole transformer otherwise."})
+    full_finetuning: bool = field(default=False, metadata={"help": "Train the whole transformer in place of a LoRA."})
     ema_every: int = field(default=8, metadata={"help": "Optimiser steps between two moves of the `ema` weights."})
     save_ema: bool = field(default=True, metadata={"help": "Save the `ema` weights; the live ones otherwise."})
     shuffle_dataset: bool = field(default=True, metadata={"help": "Deal the prompts in a new order each epoch."})

@@ -99,7 +99,7 @@ class DGPOTrainer(_BaseTrainer):
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and scheduler in place of those of `args`.
         peft_config (`~peft.LoraConfig`, *optional*):
-            Adapter to train in place of the default LoRA of `args.use_lora`. Without `target_modules` it is put on the
+            Adapter to train in place of the default LoRA. Without `target_modules` it is put on the
             family's attention projections.
 
     Attributes:
@@ -162,8 +162,8 @@ class DGPOTrainer(_BaseTrainer):
                 "`auto_find_batch_size` cannot divide groups; set `per_device_train_batch_size` and "
                 "`sample_batch_size`."
             )
-        if peft_config is not None and not args.use_lora:
-            raise ValueError("`peft_config` is given and `use_lora` is False; give one of them.")
+        if peft_config is not None and args.full_finetuning:
+            raise ValueError("`peft_config` is given and `full_finetuning` is set; choose one of them.")
         if peft_config is not None and not isinstance(peft_config, LoraConfig):
             raise TypeError(
                 f"`peft_config` is a {type(peft_config).__name__}; it must be a `LoraConfig`, which diffusers loads."
@@ -194,7 +194,7 @@ class DGPOTrainer(_BaseTrainer):
         )
         self._latent_shape = self.backbone.latent_shape(args.height, args.width)
         self._levels = self._train_levels(args)
-        if args.use_lora:
+        if not args.full_finetuning:
             peft_config = copy.deepcopy(peft_config) or lora_config(self.backbone.LORA_TARGETS)
             peft_config.target_modules = peft_config.target_modules or list(self.backbone.LORA_TARGETS)
             peft_config.task_type = None  # TRL's own `get_peft_config` says CAUSAL_LM, which PEFT takes at its word
@@ -706,7 +706,7 @@ class DGPOTrainer(_BaseTrainer):
     @staticmethod
     def _load_dtype(args: DGPOConfig) -> torch.dtype:
         # Frozen weights are kept in the dtype that they are used in; trained ones in float32.
-        if not args.use_lora:
+        if args.full_finetuning:
             return torch.float32
         return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 

@@ -67,5 +67,5 @@ class GPOConfig(DGPOConfig):
 
     def __post_init__(self):
         if self.learning_rate is None:
-            self.learning_rate = 1e-4 if self.use_lora else 2e-8
+            self.learning_rate = 2e-8 if self.full_finetuning else 1e-4
         super().__post_init__()
