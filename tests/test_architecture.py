@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "trl_dgpo"
 FLOORS = [
     {"noising", "advantages", "losses", "rollout", "seeding"},
     {"policy", "backbones", "rewards", "prompts", "rollout_dataset", "sampler", "tiny"},
-    {"ddpo_compat", "hub", "callbacks", "evaluation"},
+    {"ddpo_compat", "hub", "callbacks", "checkpoints", "evaluation", "report"},
     {"trainer"},
     {"cli", "__main__"},
 ]

@@ -180,3 +180,37 @@ class GroupRolloutBuffer(Generic[RecordT]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.round = state["round"]
         self._record = None if state["record"] is None else self.record_type.from_state_dict(state["record"])
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredImages:
+    """
+    One process's images of a round as a person would look at them: what callbacks with an `on_rollout` method get.
+
+    Args:
+        round (`int`):
+            Number of the round.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`):
+            uint8 images, on the CPU.
+        rows (`list[dict[str, Any]]`):
+            Row of the data set, with its `prompt`, of each image.
+        rewards (`torch.Tensor` of shape `(B,)`):
+            Weighted rewards, float64, `NaN` where masked.
+        by_name (`dict[str, torch.Tensor]`):
+            Each reward alone, `(B,)`.
+        advantages (`torch.Tensor` of shape `(B,)`):
+            Advantages, 0 where masked.
+        group_index (`torch.Tensor` of shape `(B,)`):
+            Group of each image, ascending.
+        extra (`dict[str, list]`):
+            What rewards gave to `log_extra`, one value an image.
+    """
+
+    round: int
+    images: Tensor
+    rows: list[dict[str, Any]]
+    rewards: Tensor
+    by_name: dict[str, Tensor]
+    advantages: Tensor
+    group_index: Tensor
+    extra: dict[str, list]

@@ -20,6 +20,12 @@ class DGPOConfig(_BaseConfig):
     `per_device_train_batch_size` and `sample_batch_size` are memory knobs and change nothing but rounding.
 
     Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision` or `variant`,
+            where `model` is a name.
+
         > Parameters that control the rollouts
 
         num_generations (`int`, *optional*, defaults to `24`):
@@ -49,6 +55,12 @@ class DGPOConfig(_BaseConfig):
         old_policy_after (`int`, *optional*, defaults to `200`):
             Optimiser steps after which rollouts come from the old policy, from the next round on. `None` or -1 for
             never.
+
+        async_reward_computation (`bool`, *optional*, defaults to `False`):
+            Score each sub-batch of `sample_batch_size` images in a thread while the next one is sampled. Rewards must
+            then look at each image alone and be safe to call from several threads.
+        max_workers (`int`, *optional*, defaults to `2`):
+            Threads of `async_reward_computation`.
 
         > Parameters that control the objective
 
@@ -123,9 +135,25 @@ class DGPOConfig(_BaseConfig):
         eval_on_start (`bool`, *optional*, defaults to `True`):
             Evaluate before the first step, where there is an `eval_dataset`.
 
+        > Parameters that control what people look at
+
+        num_log_images (`int`, *optional*, defaults to `8`):
+            Prompts, the first of `eval_dataset` or else of `train_dataset`, that are drawn through training under
+            fixed noise with the `ema` weights: kept in `output_dir/samples` and sent to the trackers of `report_to`. 0
+            for none.
+        log_images_steps (`int`, *optional*):
+            Optimiser steps between two such drawings. If not set: at the start, with every evaluation and at the end.
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Print a table of prompts, rewards and advantages with each log, and keep it with small images in
+            `output_dir/completions`.
+        num_completions_to_print (`int`, *optional*, defaults to `16`):
+            Rows of the printed table, `None` for all.
+
     Raises:
         `ValueError`: for numbers that do not fit one another, with the nearest ones that do.
     """
+
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
 
     # Overridden defaults of TrainingArguments
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
@@ -150,6 +178,12 @@ class DGPOConfig(_BaseConfig):
         default=None, metadata={"help": "Derived from the round; leave it unset."}
     )
 
+    # Parameters that control the model
+    model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, such as `revision`."},
+    )
+
     # Parameters that control the rollouts
     num_generations: int = field(default=24, metadata={"help": "Images of a group, at least 2."})
     prompts_per_round: int = field(default=24, metadata={"help": "Groups of a round, over all processes."})
@@ -170,6 +204,11 @@ class DGPOConfig(_BaseConfig):
         default=200,
         metadata={"help": "Optimiser steps after which rollouts come from the old policy. -1 for never."},
     )
+
+    async_reward_computation: bool = field(
+        default=False, metadata={"help": "Score each sub-batch in a thread while the next one is sampled."}
+    )
+    max_workers: int = field(default=2, metadata={"help": "Threads of `async_reward_computation`."})
 
     # Parameters that control the objective
     beta: float = field(
@@ -221,6 +260,24 @@ class DGPOConfig(_BaseConfig):
     )
     eval_num_images: int = field(default=1, metadata={"help": "Images of each evaluation prompt."})
 
+    # Parameters that control what people look at
+    num_log_images: int = field(
+        default=8, metadata={"help": "Prompts that are drawn through training under fixed noise. 0 for none."}
+    )
+    log_images_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimiser steps between two such drawings. If not set: at the start, with every evaluation and "
+            "at the end."
+        },
+    )
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print and keep a table of prompts, rewards and advantages with each log."}
+    )
+    num_completions_to_print: int | None = field(
+        default=16, metadata={"help": "Rows of the printed table, all if None."}
+    )
+
     _loss_types = ("surrogate", "logsigmoid")
 
     def __post_init__(self):
@@ -233,6 +290,8 @@ class DGPOConfig(_BaseConfig):
         self.old_policy_after = None if self.old_policy_after == -1 else self.old_policy_after
         if self.width is None:
             self.width = self.resolution
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_reward"  # Trainer's own default is a loss, which no evaluation has
         if self.activation_checkpointing is None:
             # Its old name, in which TRL's default stands, warns.
             self.activation_checkpointing = self.gradient_checkpointing
@@ -314,10 +373,15 @@ class DGPOConfig(_BaseConfig):
             "max_sequence_length",
             "sample_batch_size",
             "per_device_train_batch_size",
+            "max_workers",
+            "log_images_steps",
+            "num_completions_to_print",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        if self.num_log_images < 0:
+            raise ValueError(f"`num_log_images` is {self.num_log_images}; it must be 0 (none) or more.")
         if self.old_policy_after is not None and self.old_policy_after < 0:
             raise ValueError(
                 f"`old_policy_after` is {self.old_policy_after}; it is a number of optimiser steps, 0 or more. None "
