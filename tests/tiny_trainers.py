@@ -26,6 +26,7 @@ CONFIG = {
     "clip_range": None,
     "kl_coef": 0.0,
     "ema_every": 1,
+    "num_log_images": 0,
     "max_steps": 1,
     "gradient_checkpointing": False,
     "use_cpu": True,

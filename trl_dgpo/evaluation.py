@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from .rewards.scoring import Scores
 from .seeding import generator
 
 
@@ -59,6 +60,52 @@ def image_statistics(images: Tensor) -> dict[str, float]:
         "saturation": (pixels.amax(1) - pixels.amin(1)).mean().item(),
         "colour_spread": pixels.mean((2, 3)).std(0, correction=0).mean().item(),
     }
+
+
+def evaluation_metrics(scores: Scores, images: Tensor, prefix: str = "eval") -> dict[str, float]:
+    """
+    The numbers of an evaluation.
+
+    Args:
+        scores ([`~trl_dgpo.rewards.scoring.Scores`]):
+            Of all images.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`):
+            uint8 images.
+        prefix (`str`, *optional*, defaults to `"eval"`):
+            Prefix of the names.
+
+    Returns:
+        `dict[str, float]` with `eval_reward`, `eval_reward_std` and `eval_reward_stderr` over images,
+        `eval_rewards/<name>/mean` and `/std`, the means of what rewards gave to `log_metric`,
+        `eval_images/<statistic>` (see [`image_statistics`]), `eval_num_images` and `eval_failed`.
+
+    Raises:
+        `RuntimeError`: if no image has a reward.
+    """
+    rewards = scores.rewards
+    failed = int(scores.failed.sum())
+    if rewards.isnan().all():
+        raise RuntimeError(
+            f"No evaluation image has a reward: {failed} of {len(rewards)} failed, to the others no reward applies. "
+            "The log above has the reason."
+        )
+    metrics = {"reward": rewards.nanmean().item(), "reward_std": nanstd(rewards)}
+    metrics["reward_stderr"] = nanstd(rewards) / (~rewards.isnan()).sum().sqrt().item()
+    for name, values in scores.by_name.items():
+        metrics[f"rewards/{name}/mean"] = values.nanmean().item()
+        metrics[f"rewards/{name}/std"] = nanstd(values)
+    for name, values in sorted(scores.metrics.items()):
+        metrics[name] = sum(values) / len(values)
+    for name, value in image_statistics(images).items():
+        metrics[f"images/{name}"] = value
+    metrics |= {"num_images": len(rewards), "failed": failed}
+    return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
+def nanstd(values: Tensor) -> float:
+    """Population standard deviation of the numbers that are not `NaN`."""
+    values = values[~values.isnan()]
+    return values.std(correction=0).item() if len(values) else float("nan")
 
 
 def image_grid(rows: dict[str, Tensor], captions: list[str], *, min_height: int = 96) -> Image.Image:

@@ -7,27 +7,32 @@ rollouts'), `ema()` (slow moving average: evaluation and export), `base()` (the 
 term's).
 
 With an adapter (PEFT), the base is the adapter switched off and every other view is a frozen adapter beside the
-policy's, so that a switch costs a flag a layer. Without one, a view is a frozen copy of the trainable weights whose
+policy's, so that a switch costs a flag a layer. Where training goes on from an adapter, the model before training has
+it on, and the base is a frozen adapter too. Without one, a view is a frozen copy of the trainable weights whose
 storage is exchanged for theirs. Either way nothing is copied into the policy's weights, and they are back, to the bit,
 after the `with`, also after an exception.
 
 Enter a view before `autocast`, not inside it: autocast caches the cast weights of the whole of its context.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
 _POLICY = "default"
+_PREFIX = "base_model.model."  # of a PeftModel's weights, before the transformer's own names
+_CONFIG_FILE = "adapter_config.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
 _WEIGHTS_FILE = "weights.safetensors"
 
@@ -52,6 +57,106 @@ def lora_config(target_modules: tuple[str, ...]) -> LoraConfig:
     return LoraConfig(r=64, lora_alpha=128, init_lora_weights="gaussian", target_modules=list(target_modules))
 
 
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """
+    A LoRA that training goes on from.
+
+    Args:
+        config (`peft.LoraConfig`):
+            Its configuration.
+        weights (`dict[str, torch.Tensor]`):
+            Its weights under PEFT's names.
+        base_model (`str`, *optional*):
+            The pipeline that it was trained on, as its configuration names it.
+        scaling (`dict[str, float]`, *optional*):
+            Factor of each layer that it was taken from.
+    """
+
+    config: LoraConfig
+    weights: dict[str, Tensor]
+    base_model: str | None = None
+    scaling: dict[str, float] | None = None
+
+
+def read_adapter(source: str | os.PathLike, revision: str | None = None) -> Adapter | None:
+    """
+    The LoRA of a folder or a repository in PEFT's format.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            Folder or id on the Hub.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+
+    Returns:
+        [`Adapter`], or `None` where there is no `adapter_config.json`.
+
+    Raises:
+        `ValueError`: if it is another kind of adapter than a LoRA.
+    """
+    path = Path(source)
+    if path.exists() and not (path / _CONFIG_FILE).is_file():
+        return None
+    where = {} if path.exists() else {"revision": revision}
+    try:
+        config = PeftConfig.from_pretrained(os.fspath(source), **where)
+    except ValueError:  # what PEFT makes of every missing file, folder, repository or network
+        return None
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{os.fspath(source)!r} is a {config.peft_type}; training goes on from a LoRA only.")
+    weights = load_peft_weights(os.fspath(source), device="cpu", **where)
+    return Adapter(config, weights, config.base_model_name_or_path)
+
+
+def take_adapter(transformer: nn.Module) -> tuple[nn.Module, Adapter | None]:
+    """
+    Take the LoRA off a transformer that carries one.
+
+    Args:
+        transformer (`torch.nn.Module`):
+            A `PeftModel`, or a diffusers model into which `load_lora_weights` or `add_adapter` put a LoRA. It is
+            changed: the LoRA's layers are gone afterwards.
+
+    Returns:
+        The bare transformer, and its [`Adapter`] or `None`.
+
+    Raises:
+        `ValueError`: if there are several adapters, it is another kind of adapter, or it is merged into the weights.
+    """
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, BaseTunerLayer)}
+    if not layers:
+        return transformer, None
+    configs = transformer.peft_config
+    if len(configs) != 1:
+        raise ValueError(
+            f"The transformer carries several adapters, {sorted(configs)}; training goes on from one. After an earlier "
+            "training in this process, load the pipeline anew, and the LoRA that was saved. Otherwise delete the "
+            "others (`pipeline.delete_adapters(name)`)."
+        )
+    ((name, config),) = configs.items()
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"The transformer carries a {config.peft_type}; training goes on from a LoRA only.")
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError(
+            "The transformer's adapter is merged into its weights. To go on from it, undo that first "
+            "(`pipeline.unfuse_lora()`); to train a new one on the merged weights, drop it "
+            "(`pipeline.unload_lora_weights()`)."
+        )
+    weights = {
+        key if key.startswith(_PREFIX) else _PREFIX + key: tensor.detach().cpu().clone()
+        for key, tensor in get_peft_model_state_dict(
+            transformer, adapter_name=name, save_embedding_layers=False
+        ).items()
+    }
+    scaling = {key.removeprefix(_PREFIX): layer.scaling[name] for key, layer in layers.items()}
+    if isinstance(transformer, PeftModel):
+        transformer = transformer.unload()
+    else:
+        transformer.unload_lora()
+    return transformer, Adapter(config, weights, config.base_model_name_or_path, scaling)
+
+
 class Policy:
     """
     The trained transformer and the views of it that a method uses.
@@ -63,18 +168,27 @@ class Policy:
             Adapter to train. Without it the whole transformer is trained.
         views (`tuple[str, ...]`, *optional*):
             Views to keep among `"ema"`, `"old"`, `"reference"` (one that `refresh_reference` moves; without it the
-            reference is the base) and, without an adapter, `"base"`. Each costs the memory of the trainable weights.
+            reference is the base) and `"base"`, which a new adapter gives for nothing. Each other costs the memory of
+            the trainable weights.
+        start ([`Adapter`], *optional*):
+            Weights of the adapter to start from.
 
     Raises:
-        `ValueError`: if the transformer already carries an adapter, or if the whole of it is to be trained in half
-            precision, where small steps round to nothing.
+        `ValueError`: if the transformer still carries an adapter, if `start` does not fit, or if the whole transformer
+            is to be trained in half precision, where small steps round to nothing.
     """
 
-    def __init__(self, transformer: nn.Module, peft_config: PeftConfig | None = None, views: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        peft_config: PeftConfig | None = None,
+        views: tuple[str, ...] = (),
+        start: Adapter | None = None,
+    ):
         if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
             raise ValueError(
-                "The transformer already carries an adapter, which training would lose. Merge it first "
-                "(`pipeline.fuse_lora()`, then `pipeline.unload_lora_weights()`), or load a fresh pipeline."
+                "The transformer already carries an adapter, which training would lose. Take it off with "
+                "`take_adapter`, and give it as `start`."
             )
         self.transformer = transformer
         if peft_config is None:
@@ -94,9 +208,18 @@ class Policy:
             self.model = get_peft_model(transformer, peft_config, adapter_name=_POLICY)
             self._views = _Adapters(self.model, peft_config)
         self.peft_config = peft_config
-        self.views = tuple(view for view in dict.fromkeys(views) if view != "base" or peft_config is None)
+        if start is not None:
+            self._start_from(start)
+        # Switched off, a new adapter is the base.
+        self._switch_is_base = peft_config is not None and start is None
+        self.views = tuple(view for view in dict.fromkeys(views) if view != "base" or not self._switch_is_base)
         for view in self.views:
             self._views.add(view)
+
+    @property
+    def kept_views(self) -> tuple[str, ...]:
+        """Every view that can be entered."""
+        return (*(("base",) if self._switch_is_base else ()), *self.views)
 
     def base(self) -> AbstractContextManager[None]:
         """The model as it was before training."""
@@ -185,17 +308,28 @@ class Policy:
                 raise FileNotFoundError(f"{path} is missing: this is not a checkpoint with the views {self.views}.")
             state = load_file(path)
             mine = self.tensors(view) if self.peft_config is None else self.lora_state_dict(view)
-            if differing := state.keys() ^ mine.keys():
-                raise ValueError(
-                    f"{path} does not fit: {len(differing)} weights are only there or only here, such as "
-                    f"{min(differing)!r}. It was made with another model or `peft_config`."
-                )
+            _check_fit(path, state, mine)
             if self.peft_config is None:
                 with torch.no_grad():
                     for name, tensor in mine.items():
                         tensor.copy_(state[name])
             else:
                 set_peft_model_state_dict(self.model, state, adapter_name=view or _POLICY)
+
+    def _start_from(self, start: Adapter) -> None:
+        _check_fit("The adapter", start.weights, self.lora_state_dict())
+        scaling = {
+            name.removeprefix(_PREFIX): module.scaling[_POLICY]
+            for name, module in self.model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        }
+        if start.scaling not in (None, scaling):
+            raise ValueError(
+                f"The adapter acts with the factor {max(start.scaling.values())}, its configuration says "
+                f"{max(scaling.values())}: its weight was set. Training goes on from weight 1 "
+                "(`pipeline.set_adapters(name, 1.0)`)."
+            )
+        set_peft_model_state_dict(self.model, start.weights, adapter_name=_POLICY)
 
     def _use(self, view: str | None) -> AbstractContextManager[None]:
         return self._views.use(self._kept(view))
@@ -205,7 +339,7 @@ class Policy:
 
     def _kept(self, view: str | None) -> str | None:
         # PEFT passes over an adapter that it does not know, which would make the base of a view that was never kept.
-        if view is None or view in self.views or (view == "base" and self.peft_config is not None):
+        if view is None or view in self.kept_views:
             return view
         raise ValueError(f"The view {view!r} is not kept; the views are {self.views}. Name it in `views`.")
 
@@ -228,8 +362,10 @@ class _Adapters:
         # over every module and without its changes to requires_grad.
         self.layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.kept: set[str] = set()
 
     def add(self, view: str) -> None:
+        self.kept.add(view)
         self.model.add_adapter(view, self.config)
         self.model.set_adapter(_POLICY)
         with torch.no_grad():
@@ -247,7 +383,7 @@ class _Adapters:
         before = [(layer._active_adapter, layer._disable_adapters) for layer in self.layers]
         try:
             for layer in self.layers:
-                if view == "base":
+                if view == "base" and "base" not in self.kept:
                     layer._disable_adapters = True
                 else:
                     layer._active_adapter, layer._disable_adapters = [view or _POLICY], False
@@ -280,3 +416,17 @@ class _Copies:
         finally:
             for name, p in self.parameters.items():
                 p.data = before[name]
+
+
+def _check_fit(what: object, state: dict[str, Tensor], mine: dict[str, Tensor]) -> None:
+    if differing := state.keys() ^ mine.keys():
+        raise ValueError(
+            f"{what} does not fit: {len(differing)} weights are only there or only here, such as {min(differing)!r}. "
+            "It was made with another model or `peft_config`."
+        )
+    if differing := [name for name in mine if state[name].shape != mine[name].shape]:
+        name = min(differing)
+        raise ValueError(
+            f"{what} does not fit: {name!r} has shape {tuple(state[name].shape)} there and {tuple(mine[name].shape)} "
+            "here. It was made with another model or `peft_config`."
+        )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_dgpo.rewards.scoring import FailureWindow, RewardScorer
+from trl_dgpo.rewards.scoring import FailureWindow, RewardScorer, Scores
 
 
 NAN, INF = float("nan"), float("inf")
@@ -41,16 +41,16 @@ def same(tensor, *expected):
 def test_what_a_reward_is_called_with(input_type):
     calls = []
 
-    def reward(prompts, completions, images, text, trainer_state, **kwargs):
+    def reward(prompts, completions, images, text, trainer_state, log_metric, log_extra, **kwargs):
         calls.append((prompts, completions, images, text, trainer_state, kwargs))
         return [0.0] * 4
 
     if input_type:
         reward.input_type = input_type
-    score(reward, trainer_state="state", log_metric=print, columns=COLUMNS | {"more": [1, 2, 3, 4]})
+    score(reward, trainer_state="state", columns=COLUMNS | {"more": [1, 2, 3, 4]})
     [(prompts, completions, images, text, state, kwargs)] = calls
     assert (prompts, text, state) == (PROMPTS, COLUMNS["text"], "state")
-    assert kwargs == {"log_metric": print, "more": [1, 2, 3, 4]}
+    assert kwargs == {"more": [1, 2, 3, 4]}
     assert completions is images
     if input_type == "pt":
         assert torch.equal(images, IMAGES)
@@ -331,3 +331,55 @@ def test_failure_window(batches, stops):
         return
     with pytest.raises(RuntimeError, match=rf"failed for \d+ of the last \d+ images \({failed} of the last {total}\)"):
         window.update(flags(failed, total))
+
+
+# -- what rewards log besides
+
+
+def test_metrics_and_extra_columns_come_with_the_scores():
+    def reward(images, log_metric, log_extra, **kwargs):
+        log_metric("sharpness", 2)
+        log_extra("read", list("abcd"))
+        return [0.0] * 4
+
+    scores = score(reward)
+    assert scores.metrics == {"sharpness": [2.0]}
+    assert scores.extra == {"read": list("abcd")}
+
+
+def test_a_batch_that_raises_has_logged_nothing():
+    def reward(prompts, log_metric, log_extra, **kwargs):
+        log_metric("calls", len(prompts))
+        log_extra("read", prompts)
+        if PROMPTS[2] in prompts:
+            raise RuntimeError("broken")
+        return [0.0] * len(prompts)
+
+    scores = score(reward)
+    assert scores.metrics == {"calls": [1.0] * 3}
+    assert scores.extra == {"read": [PROMPTS[0], PROMPTS[1], None, PROMPTS[3]]}
+
+
+def test_extra_columns_need_one_value_an_image():
+    def reward(log_extra, **kwargs):
+        log_extra("read", ["a"])
+        return [0.0] * 4
+
+    with pytest.raises(ValueError, match="1 values of 'read' for 4 images"):
+        score(reward)
+
+
+def test_scores_of_batches_are_the_scores_of_one():
+    def reward(prompts, images, log_metric, log_extra, **kwargs):
+        log_metric("first", PROMPTS.index(prompts[0]))
+        log_extra("prompt_again", prompts)
+        return [None if prompt == PROMPTS[1] else float(PROMPTS.index(prompt)) for prompt in prompts]
+
+    scorer = RewardScorer(reward)
+    whole = scorer(IMAGES, PROMPTS, {})
+    parts = Scores.cat([scorer(IMAGES[:1], PROMPTS[:1], {}), scorer(IMAGES[1:], PROMPTS[1:], {})])
+    assert torch.equal(parts.rewards.nan_to_num(-1), whole.rewards.nan_to_num(-1))
+    assert torch.equal(parts.failed, whole.failed)
+    assert parts.by_name.keys() == whole.by_name.keys()
+    assert parts.extra == whole.extra == {"prompt_again": PROMPTS}
+    assert parts.metrics == {"first": [0.0, 1.0]}

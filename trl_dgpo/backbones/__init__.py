@@ -6,9 +6,10 @@ A backbone turns prompts into conditioning (`encode`), noise into clean latents 
 `sigmas`, `LORA_TARGETS`). All families answer to the same names, so that a trainer takes any of them.
 """
 
+import inspect
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +28,8 @@ def load_backbone(
     *,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
+    init_kwargs: dict[str, Any] | None = None,
+    quantization_config: Any = None,
     **options,
 ) -> "SD3Backbone":
     """
@@ -42,14 +45,18 @@ def load_backbone(
             Dtype of the transformer and the text encoders. Without it a named model is loaded in float32 and a
             pipeline keeps its own. The VAE of a named model stays in float32 whatever is asked for, since it loses
             quality below; that of a pipeline is never touched.
+        init_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of `DiffusionPipeline.from_pretrained`, such as `variant`, or a component by its name.
+        quantization_config (`~diffusers.BitsAndBytesConfig` or `~transformers.BitsAndBytesConfig`, *optional*):
+            How the transformer of a named model is quantised.
         **options:
             Arguments of the family's backbone, such as `sampler`, `sigmas`, `max_sequence_length` and
             `negative_prompt` of [`~trl_dgpo.backbones.sd3.SD3Backbone`].
 
     Raises:
-        `TypeError`: if `model` is none of these.
-        `ValueError`: if nothing is found under this name, or if it is of a family that is not supported. Both are
-            found out before any weights are read.
+        `TypeError`: if `model` or `quantization_config` is none of these.
+        `ValueError`: if nothing is found under this name, if it is of a family that is not supported, or if loading
+            arguments are given with a pipeline. All are found out before any weights are read.
     """
     from diffusers import DiffusionPipeline
 
@@ -57,6 +64,9 @@ def load_backbone(
 
     if isinstance(model, DiffusionPipeline):
         _check_family({cls.__name__ for cls in type(model).__mro__}, f"a {type(model).__name__}")
+        loading = {"revision": revision, "init_kwargs": init_kwargs, "quantization_config": quantization_config}
+        if given := [name for name, value in loading.items() if value]:
+            raise ValueError(f"{given} say how a model is loaded, but `model` is a pipeline that is loaded already.")
         for name, component in model.components.items():
             if dtype is not None and name != "vae" and isinstance(component, torch.nn.Module):
                 component.to(dtype)
@@ -68,15 +78,32 @@ def load_backbone(
 
     index = _read_index(model, revision)
     _check_family({index["_class_name"]}, f"{os.fspath(model)!r}, a {index['_class_name']}")
-    left_out = {name: None for name, entry in index.items() if entry == [None, None]}
+    arguments = {name: None for name, entry in index.items() if entry == [None, None]}
+    if quantization_config is not None:
+        arguments["quantization_config"] = _transformer_quantization(quantization_config)
     # As a string: diffusers keeps the name in its configuration, and a `Path` there cannot be written to JSON.
     pipeline = DiffusionPipeline.from_pretrained(
         os.fspath(model),
         revision=revision,
-        dtype={"default": dtype or torch.float32, "vae": torch.float32},
-        **left_out,
+        **{"dtype": {"default": dtype or torch.float32, "vae": torch.float32}, **arguments, **(init_kwargs or {})},
     )
     return SD3Backbone(pipeline, **options)
+
+
+def _transformer_quantization(config: Any) -> Any:
+    """diffusers' form of a quantisation of the transformer alone."""
+    import transformers
+    from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
+
+    if isinstance(config, transformers.BitsAndBytesConfig):  # as TRL's `get_quantization_config` makes it
+        names = inspect.signature(BitsAndBytesConfig.__init__).parameters.keys() - {"self", "kwargs"}
+        config = BitsAndBytesConfig(**{name: v for name, v in config.to_dict().items() if name in names})
+    if not isinstance(config, BitsAndBytesConfig):
+        raise TypeError(
+            f"`quantization_config` is a {type(config).__name__}; it must be a `BitsAndBytesConfig` of diffusers or "
+            "transformers."
+        )
+    return PipelineQuantizationConfig(quant_mapping={"transformer": config})
 
 
 def _read_index(model: str | os.PathLike, revision: str | None) -> dict:

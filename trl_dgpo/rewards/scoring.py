@@ -2,17 +2,17 @@
 Calling reward functions.
 
 A reward is any callable in TRL's keyword form. It gets the images as `completions` (and, under the same content, as
-`images`), the `prompts`, every other column of the data set by its name, and `**kwargs` for what it does not read. It
-returns one number an image: `None` where it does not apply, `NaN` where it failed. An infinite number is a failure
-too.
+`images`), the `prompts`, every other column of the data set by its name, `log_metric(name, value)` and
+`log_extra(column, values)`, and `**kwargs` for what it does not read. It returns one number an image: `None` where it
+does not apply, `NaN` where it failed. An infinite number is a failure too.
 """
 
 import inspect
 import logging
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -35,11 +35,33 @@ class Scores(NamedTuple):
             Each reward alone, `(B,)`, `NaN` where failed or not applicable.
         failed (`torch.Tensor` of shape `(B,)`):
             Where a reward raised or returned `NaN` or an infinite number, bool.
+        metrics (`dict[str, list[float]]`):
+            What the rewards gave to `log_metric`.
+        extra (`dict[str, list]`):
+            What the rewards gave to `log_extra`, one value an image; `None` where it failed.
     """
 
     rewards: Tensor
     by_name: dict[str, Tensor]
     failed: Tensor
+    metrics: dict[str, list[float]]
+    extra: dict[str, list[Any]]
+
+    @classmethod
+    def cat(cls, parts: "Sequence[Scores]") -> "Scores":
+        """The scores of several batches, of the same rewards, as those of one."""
+        metrics = defaultdict(list)
+        for part in parts:
+            for name, values in part.metrics.items():
+                metrics[name] += values
+        columns = dict.fromkeys(column for part in parts for column in part.extra)
+        return cls(
+            torch.cat([part.rewards for part in parts]),
+            {name: torch.cat([part.by_name[name] for part in parts]) for name in parts[0].by_name},
+            torch.cat([part.failed for part in parts]),
+            dict(metrics),
+            {c: [v for part in parts for v in part.extra.get(c, [None] * len(part.rewards))] for c in columns},
+        )
 
 
 class RewardScorer:
@@ -108,15 +130,15 @@ class RewardScorer:
         total = torch.zeros(len(prompts), dtype=torch.float64)
         applies = torch.zeros(len(prompts), dtype=torch.bool)
         failed = torch.zeros(len(prompts), dtype=torch.bool)
-        by_name = {}
+        by_name, log = {}, _Log(len(prompts))
         for func, name, weight in zip(self.funcs, self.names, self.weights, strict=True):
             completions = pictures if _input_type(func) == "pil" else images
-            values = self._score(func, name, completions, prompts, columns, context)
+            values = self._score(func, name, completions, prompts, columns, context, log)
             by_name[name] = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
             total += weight * by_name[name].nan_to_num(0.0)
             applies |= torch.tensor([value is not None for value in values])
             failed |= torch.tensor([value is not None and math.isnan(value) for value in values])
-        return Scores(total.masked_fill(~applies | failed, math.nan), by_name, failed)
+        return Scores(total.masked_fill(~applies | failed, math.nan), by_name, failed, dict(log.metrics), log.extra)
 
     def check(self, columns: Iterable[str], context: Iterable[str] = ()) -> None:
         """
@@ -131,7 +153,7 @@ class RewardScorer:
         Raises:
             `ValueError`: if a reward lacks a column, or a column has the name of what rewards are given anyway.
         """
-        given = {"prompts", "completions", "images", *context}
+        given = {"prompts", "completions", "images", "log_metric", "log_extra", *context}
         if clash := sorted(given & set(columns)):
             raise ValueError(
                 f"The data set's columns {clash} have names that rewards are called with; rename the columns."
@@ -142,9 +164,9 @@ class RewardScorer:
                     f"Reward `{name}` needs {missing}, but the data set's other columns are {sorted(columns)}."
                 )
 
-    def _score(self, func, name, completions, prompts, columns, context) -> list[float | None]:
+    def _score(self, func, name, completions, prompts, columns, context, log: "_Log") -> list[float | None]:
         try:
-            return self._call(func, name, completions, prompts, columns, context)
+            return self._call(func, name, completions, prompts, columns, context, log, 0)
         except _NOT_THE_IMAGES_FAULT:
             raise
         except Exception as error:
@@ -158,7 +180,7 @@ class RewardScorer:
         for i, prompt in enumerate(prompts):
             one = {column: [cells[i]] for column, cells in columns.items()}
             try:
-                values += self._call(func, name, completions[i : i + 1], [prompt], one, context)
+                values += self._call(func, name, completions[i : i + 1], [prompt], one, context, log, i)
             except _NOT_THE_IMAGES_FAULT:
                 raise
             except Exception as error:
@@ -166,13 +188,49 @@ class RewardScorer:
                 values.append(math.nan)
         return values
 
-    def _call(self, func, name, completions, prompts, columns, context) -> list[float | None]:
-        output = func(prompts=prompts, completions=completions, images=completions, **columns, **context)
+    def _call(self, func, name, completions, prompts, columns, context, log: "_Log", start: int):
+        mine = _Log(len(prompts))  # a call that raises has logged nothing
+        output = func(
+            prompts=prompts,
+            completions=completions,
+            images=completions,
+            log_metric=mine.log_metric,
+            log_extra=mine.log_extra,
+            **columns,
+            **context,
+        )
         values = _checked(output, name, len(prompts))
+        log.add(mine, start)
         for prompt, value in zip(prompts, values, strict=True):
             if value is not None and not math.isfinite(value):
                 logger.warning("Reward `%s` returned %s for prompt %r; the image is masked.", name, value, prompt)
         return [math.nan if value is not None and not math.isfinite(value) else value for value in values]
+
+
+class _Log:
+    """What the rewards of one batch log."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.metrics: dict[str, list[float]] = defaultdict(list)
+        self.extra: dict[str, list[Any]] = {}
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics[name].append(float(value))
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        if len(values) != self.size:
+            raise RewardOutputError(
+                f"A reward gave `log_extra` {len(values)} values of {column!r} for {self.size} images; it must give "
+                "one each."
+            )
+        self.extra[column] = list(values)
+
+    def add(self, part: "_Log", start: int) -> None:
+        for name, values in part.metrics.items():
+            self.metrics[name] += values
+        for column, values in part.extra.items():
+            self.extra.setdefault(column, [None] * self.size)[start : start + part.size] = values
 
 
 class RewardOutputError(ValueError, TypeError):

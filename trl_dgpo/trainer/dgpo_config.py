@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from trl.trainer.base_config import _BaseConfig
 
+from ..ddpo_compat import DDPOFields, GRPOFields, finish_names, resolve_names
+
 
 @dataclass
-class DGPOConfig(_BaseConfig):
+class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     r"""
     Configuration class for the [`DGPOTrainer`].
 
@@ -281,6 +283,7 @@ class DGPOConfig(_BaseConfig):
     _loss_types = ("surrogate", "logsigmoid")
 
     def __post_init__(self):
+        resolve_names(self)
         if self.bf16 is None and not self.fp16:
             # TRL's default of bf16 everywhere raises on machines that have none; there we train in float32.
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -290,7 +293,7 @@ class DGPOConfig(_BaseConfig):
         self.old_policy_after = None if self.old_policy_after == -1 else self.old_policy_after
         if self.width is None:
             self.width = self.resolution
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        if (self.load_best_model_at_end or self.save_strategy == "best") and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_reward"  # Trainer's own default is a loss, which no evaluation has
         if self.activation_checkpointing is None:
             # Its old name, in which TRL's default stands, warns.
@@ -306,6 +309,7 @@ class DGPOConfig(_BaseConfig):
             self.eval_guidance_scale = self.sample_guidance_scale
         super().__post_init__()
         self._check_split(given_accumulation)
+        finish_names(self)
 
     @property
     def height(self) -> int:

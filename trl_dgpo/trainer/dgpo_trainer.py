@@ -1,56 +1,49 @@
 """
-DGPO on TRL's base trainer: when things happen.
+DGPO: when things happen in a round.
 
-The mathematics is in `trl_dgpo.losses`, `.advantages` and `.noising`, the model in `trl_dgpo.backbones` and `.policy`.
-This file deals prompts, rolls out, scores, and orders the forwards of an update.
+The mathematics is in `trl_dgpo.losses`, `.advantages` and `.noising`, the model in `trl_dgpo.backbones` and `.policy`,
+what all trainers share in `.base_trainer`. This file deals prompts, rolls out, scores, and orders the forwards of an
+update.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 import os
-import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
-from diffusers.configuration_utils import FrozenDict
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.base_trainer import _BaseTrainer
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from ..advantages import group_advantages, zero_variance
-from ..backbones import load_backbone
-from ..callbacks import RewardProgressCallback
-from ..evaluation import evaluation_latents, image_statistics
+from ..ddpo_compat import modern_call
+from ..evaluation import nanstd
 from ..losses import GroupLoss, clip_errors, denoising_error, dgpo_loss, group_mean
 from ..noising import continuous_levels, trainable_levels
-from ..policy import Policy, lora_config
 from ..rewards.scoring import FailureWindow, RewardFunc, RewardScorer, Scores
-from ..rollout import GroupRolloutBuffer, Rollout
-from ..sampler import GroupSampler, local_groups
+from ..rollout import GroupRolloutBuffer, Rollout, ScoredImages
+from ..sampler import GroupSampler, StreamSampler, local_groups
 from ..seeding import generator
-from ..tiny import tiny_pipeline_path
+from .base_trainer import REWARD_CONTEXT, DiffusionTrainer, dataset_columns, evaluating, is_stream
 from .dgpo_config import DGPOConfig
 
 
 logger = logging.getLogger(__name__)
 
-_REWARD_CONTEXT = ("trainer_state", "log_metric")
 
-
-class DGPOTrainer(_BaseTrainer):
+class DGPOTrainer(DiffusionTrainer):
     r"""
     Trainer for Direct Group Preference Optimization (DGPO) of text-to-image diffusion models, introduced in
     [Reinforcing Diffusion Models by Direct Group Preference Optimization](https://huggingface.co/papers/2510.08425).
@@ -129,111 +122,76 @@ class DGPOTrainer(_BaseTrainer):
             "}"
         ),
     }
-    # The loss is a mean over a micro-batch: Trainer divides it by the accumulation steps.
-    loss_is_scaled_for_ga = False
     _config_class = DGPOConfig
 
     def __init__(
         self,
+        config: DGPOConfig | None = None,
+        reward_function: Callable | None = None,
+        prompt_function: Callable | None = None,
+        sd_pipeline: Any = None,
+        image_samples_hook: Callable | None = None,
         *,
-        model: str | os.PathLike | DiffusionPipeline,
-        reward_funcs: RewardFunc | list[RewardFunc],
+        model: str | os.PathLike | DiffusionPipeline | PeftModel | None = None,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: DGPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: LoraConfig | None = None,
+        quantization_config: Any = None,
     ):
-        args = self._config_class() if args is None else args
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process. Start one process a GPU (`accelerate launch`), or "
-                "show it one (`CUDA_VISIBLE_DEVICES=0`)."
-            )
-        if args.fsdp or args.deepspeed:
-            raise ValueError(
-                "FSDP and DeepSpeed are not supported: rollouts call the unwrapped transformer. A LoRA needs neither; "
-                "use plain `accelerate launch` or `torchrun`."
-            )
-        if args.auto_find_batch_size:
-            raise ValueError(
-                "`auto_find_batch_size` cannot divide groups; set `per_device_train_batch_size` and "
-                "`sample_batch_size`."
-            )
-        if peft_config is not None and args.full_finetuning:
-            raise ValueError("`peft_config` is given and `full_finetuning` is set; choose one of them.")
-        if peft_config is not None and not isinstance(peft_config, LoraConfig):
-            raise TypeError(
-                f"`peft_config` is a {type(peft_config).__name__}; it must be a `LoraConfig`, which diffusers loads."
-            )
-        if args.eval_on_start and eval_dataset is None:
-            args = copy.copy(args)  # the caller's may serve another trainer
-            args.eval_on_start = False
-        _check_dataset("train_dataset", train_dataset)
-        for name, dataset in _named(eval_dataset).items():
-            _check_dataset(name, dataset)
-        self.scorer = RewardScorer(reward_funcs, args.reward_weights)
-        self.eval_scorer = self.scorer if eval_reward_funcs is None else RewardScorer(eval_reward_funcs)
-        self.scorer.check(train_dataset[0].keys() - {"prompt"}, _REWARD_CONTEXT)
-        for dataset in _named(eval_dataset).values():
-            self.eval_scorer.check(dataset[0].keys() - {"prompt"}, _REWARD_CONTEXT)
-        self.sampler = GroupSampler(
-            len(train_dataset), args.prompts_per_round, seed=args.seed, shuffle=args.shuffle_dataset
+        call = modern_call(
+            config=config,
+            reward_function=reward_function,
+            prompt_function=prompt_function,
+            sd_pipeline=sd_pipeline,
+            image_samples_hook=image_samples_hook,
+            args=args,
+            reward_funcs=reward_funcs,
+            model=model,
+            train_dataset=train_dataset,
+            config_class=self._config_class,
         )
-
-        set_seed(args.seed)  # before the adapter draws its start
-        self.backbone = load_backbone(
-            tiny_pipeline_path() if model == "tiny" else model,
-            sampler=args.sampler,
-            sigmas=args.sigmas,
-            max_sequence_length=args.max_sequence_length,
-            negative_prompt=args.negative_prompt,
-            dtype=None if isinstance(model, DiffusionPipeline) else self._load_dtype(args),
-        )
-        self._latent_shape = self.backbone.latent_shape(args.height, args.width)
-        self._levels = self._train_levels(args)
-        if not args.full_finetuning:
-            peft_config = copy.deepcopy(peft_config) or lora_config(self.backbone.LORA_TARGETS)
-            peft_config.target_modules = peft_config.target_modules or list(self.backbone.LORA_TARGETS)
-            peft_config.task_type = None  # TRL's own `get_peft_config` says CAUSAL_LM, which PEFT takes at its word
-        self.backbone.transformer._internal_dict = _ModelConfig(self.backbone.transformer.config)
-        self.policy = Policy(self.backbone.transformer, peft_config, self._views(args, eval_dataset is not None))
-        if peft_config is not None:  # PEFT asks the transformer, which is only a part of the model
-            peft_config.base_model_name_or_path = self.backbone.pipeline.config.get("_name_or_path")
-        # Trainer asks the model for this; diffusers has it under another name.
-        self.policy.model.activation_checkpointing_enable = lambda **_: self.backbone.enable_gradient_checkpointing()
-
+        args, train_dataset = call.args, call.train_dataset
+        scorer = RewardScorer(call.reward_funcs, args.reward_weights)
+        # A prompt function is not drawn from for a check: its first prompt belongs to the first round.
+        known = {"prompt_metadata"} if prompt_function else dataset_columns("train_dataset", train_dataset)
+        scorer.check(known, REWARD_CONTEXT)
+        if is_stream(train_dataset):
+            if args.max_steps <= 0:
+                raise ValueError(
+                    f"`max_steps` is {args.max_steps}, and `train_dataset` is a stream, whose length is not known. "
+                    "Set `max_steps`."
+                )
+            self.sampler = StreamSampler(train_dataset, args.prompts_per_round)
+        else:
+            self.sampler = GroupSampler(
+                train_dataset, args.prompts_per_round, seed=args.seed, shuffle=args.shuffle_dataset
+            )
         self.buffer = GroupRolloutBuffer()
         self._work: deque[_MicroStep] = deque()
         self._failures = FailureWindow()
-        self._metrics: dict[str, list[Tensor | float]] = defaultdict(list)
-        self._seconds: dict[str, float] = defaultdict(float)
-
         super().__init__(
-            model=self.policy.model,
+            model=call.model,
             args=args,
+            scorer=scorer,
+            eval_reward_funcs=eval_reward_funcs,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=callbacks,
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), *call.callbacks],
             optimizers=optimizers,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
         )
-        self.backbone.pipeline.to(self.args.device)
+        self._levels = self._train_levels(self.args)
         self._groups = local_groups(
-            args.prompts_per_round, args.updates_per_round, args.process_index, args.world_size
-        ).to(args.device)
-        self.add_callback(_MoveAverages(self))
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(RewardProgressCallback)
-        if 0 < args.max_steps < args.ema_every and "ema" in self.policy.views:
-            logger.warning(
-                "`max_steps` (%d) is below `ema_every` (%d): the `ema` weights, which are evaluated%s, will not "
-                "move. Lower `ema_every`.",
-                args.max_steps,
-                args.ema_every,
-                " and saved" if args.save_ema else "",
-            )
+            args.prompts_per_round, args.updates_per_round, self.args.process_index, self.args.world_size
+        ).to(self.args.device)
 
     # -- the round ----------------------------------------------------------------------------------------------------
 
@@ -244,17 +202,18 @@ class DGPOTrainer(_BaseTrainer):
         Which prompts a round has is a function of its number ([`GroupSampler`]), and its number one of the optimiser
         step, so no loader position has to be kept or restored.
         """
-        ticks = self.sampler.rounds_per_epoch * self.args.steps_per_round * self.args.gradient_accumulation_steps
+        if isinstance(self.sampler, StreamSampler):
+            steps = self.args.max_steps
+        else:
+            steps = self.sampler.rounds_per_epoch * self.args.steps_per_round
+        ticks = steps * self.args.gradient_accumulation_steps
         return DataLoader(range(ticks), batch_size=1, collate_fn=list)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train from the start, or go on from a checkpoint: see [`~transformers.Trainer.train`]."""
-        # Nothing of an earlier call, which may have been interrupted anywhere, goes on.
+    def _forget(self) -> None:
+        super()._forget()
         self.buffer.clear()
+        self._work.clear()
         self._failures = FailureWindow()
-        for left_over in (self._work, self._metrics, self._seconds):
-            left_over.clear()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         before = dict(self._seconds)
@@ -399,7 +358,7 @@ class DGPOTrainer(_BaseTrainer):
         self, view: AbstractContextManager, batches: list[_NoisyBatch], guidance_scale: float = 1.0
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         errors, predictions = [], []
-        with view, torch.no_grad(), _evaluating(self.policy.model):
+        with view, torch.no_grad(), evaluating(self.policy.model):
             for batch in batches:
                 prediction, target = self._predict(batch, guidance_scale=guidance_scale)
                 errors.append(denoising_error(prediction, target))
@@ -423,33 +382,11 @@ class DGPOTrainer(_BaseTrainer):
     def _roll_out(self, round: int) -> None:
         """Sample, score and keep one round: this process's groups of it."""
         args, device = self.args, self.args.device
-        deal = self.sampler.deal(round)
-        rows = [self.train_dataset[deal[group]] for group in self._groups.tolist()]
-        local = torch.arange(len(rows)).repeat_interleave(args.num_generations)
+        rows = self.sampler.rows(round, self._groups.tolist())
+        conditioning = self.backbone.encode([_checked_prompt(row) for row in rows])
         group_index = self._groups.repeat_interleave(args.num_generations)
-        use_old = args.old_policy_after is not None and self.state.global_step >= args.old_policy_after
-        with self._timed("rollout"):
-            latents = torch.stack(
-                [
-                    torch.randn(self._latent_shape, generator=generator(args.seed, "latents", round, group, number))
-                    for group in self._groups.tolist()
-                    for number in range(args.num_generations)
-                ]
-            )
-            conditioning = self.backbone.encode([row["prompt"] for row in rows])
-            step_noise = self._step_noise(round, group_index) if args.sampler == "sde" else None
-            x0, images = self._sample(
-                latents,
-                [rows[i]["prompt"] for i in local.tolist()],
-                view=self.policy.old() if use_old else nullcontext(),
-                batch_size=args.sample_batch_size,
-                num_steps=args.sample_num_steps,
-                guidance_scale=args.sample_guidance_scale,
-                step_noise=step_noise,
-            )
-        with self._timed("reward"):
-            rows = [rows[i] for i in local.tolist()]
-            scores = self._score(self.scorer, images, rows, self._metrics)
+        rows = [row for row in rows for _ in range(args.num_generations)]
+        x0, images, scores = self._sample_and_score(round, group_index, rows)
         # Every process sees all rewards: batch statistics, the log and the decision to stop are the same in each.
         rewards, groups = self._gather(scores.rewards), self._gather(group_index)
         self._failures.update(self._gather(scores.failed))
@@ -463,7 +400,9 @@ class DGPOTrainer(_BaseTrainer):
             recenter_clipped=args.recenter_clipped,
         )
         self._log_rewards(rewards, groups, advantages, {n: self._gather(v) for n, v in scores.by_name.items()})
-        own = slice(args.process_index * len(local), (args.process_index + 1) * len(local))
+        for name, values in scores.metrics.items():
+            self._metrics[name] += values
+        own = slice(args.process_index * len(rows), (args.process_index + 1) * len(rows))
         rollout = Rollout(
             x0=x0,
             conditioning=conditioning,
@@ -472,39 +411,55 @@ class DGPOTrainer(_BaseTrainer):
             group_index=group_index,
         )
         self.buffer.fill(rollout, round)
+        self._show(
+            ScoredImages(
+                round=round,
+                images=images,
+                rows=rows,
+                rewards=scores.rewards,
+                by_name=scores.by_name,
+                advantages=advantages[own],
+                group_index=group_index.cpu(),
+                extra=scores.extra,
+            )
+        )
 
-    def _sample(
-        self,
-        latents: Tensor,
-        prompts: list[str],
-        *,
-        view: AbstractContextManager,
-        batch_size: int,
-        num_steps: int,
-        guidance_scale: float,
-        step_noise: Callable[[slice, int], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Clean latents on the device and uint8 images on the CPU, one a latent and prompt, a sub-batch at a time."""
+    def _sample_and_score(self, round: int, group_index: Tensor, rows: list[dict]) -> tuple[Tensor, Tensor, Scores]:
+        args = self.args
+        use_old = args.old_policy_after is not None and self.state.global_step >= args.old_policy_after
+        keys = [(group, number % args.num_generations) for number, group in enumerate(group_index.tolist())]
+        streams = [generator(args.seed, "latents", round, *key) for key in keys]
+        sampled = self._sample(
+            torch.stack([torch.randn(self._latent_shape, generator=stream) for stream in streams]),
+            [row["prompt"] for row in rows],
+            batch_size=args.sample_batch_size,
+            num_steps=args.sample_num_steps,
+            guidance_scale=args.sample_guidance_scale,
+            step_noise=self._step_noise(round, keys) if args.sampler == "sde" else None,
+        )
         x0, images = [], []
-        with view, torch.no_grad():
-            for start in range(0, len(latents), batch_size):
-                rows = slice(start, start + batch_size)
-                with self.accelerator.autocast():
-                    clean = self.backbone.sample(
-                        latents[rows].to(self.args.device),
-                        self.backbone.encode(prompts[rows]),
-                        num_steps=num_steps,
-                        guidance_scale=guidance_scale,
-                        step_noise=None if step_noise is None else lambda step, rows=rows: step_noise(rows, step),
-                    )
-                x0.append(clean.float())
-                images.append(self.backbone.decode(clean).cpu())
-        return torch.cat(x0), torch.cat(images)
+        with ThreadPoolExecutor(args.max_workers) as pool:
+            scoring = []
+            with self._timed("rollout"), self.policy.old() if use_old else nullcontext():
+                for part, clean, pictures in sampled:
+                    x0.append(clean)
+                    images.append(pictures)
+                    if args.async_reward_computation:
+                        scoring.append(pool.submit(self._score, self.scorer, pictures, rows[part]))
+            with self._timed("reward"):
+                if args.async_reward_computation:
+                    scores = Scores.cat([future.result() for future in scoring])
+                else:
+                    scores = self._score(self.scorer, torch.cat(images), rows)
+        return torch.cat(x0), torch.cat(images), scores
 
-    def _step_noise(self, round: int, group_index: Tensor) -> Callable[[slice, int], Tensor]:
-        numbers = torch.arange(len(group_index)) % self.args.num_generations
-        keys = list(zip(group_index.tolist(), numbers.tolist(), strict=True))
+    def _show(self, scored: ScoredImages) -> None:
+        listeners = [callback for callback in self.callback_handler.callbacks if hasattr(callback, "on_rollout")]
+        with self._timed("show") if listeners else nullcontext():
+            for callback in listeners:
+                callback.on_rollout(self.args, self.state, self.control, scored=scored, trackers=self.trackers)
 
+    def _step_noise(self, round: int, keys: list[tuple[int, int]]) -> Callable[[slice, int], Tensor]:
         def draw(rows: slice, step: int) -> Tensor:
             streams = [generator(self.args.seed, "step_noise", round, *key, step) for key in keys[rows]]
             return torch.stack([torch.randn(self._latent_shape, generator=s) for s in streams]).to(self.args.device)
@@ -515,183 +470,30 @@ class DGPOTrainer(_BaseTrainer):
         streams = [generator(self.args.seed, "noise", *key, group) for group in groups.tolist()]
         return torch.stack([torch.randn(self._latent_shape, generator=s) for s in streams]).to(self.args.device)
 
-    def _score(
-        self, scorer: RewardScorer, images: Tensor, rows: list[dict], metrics: dict[str, list[Tensor | float]]
-    ) -> Scores:
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        return scorer(
-            images,
-            [row["prompt"] for row in rows],
-            columns,
-            trainer_state=self.state,
-            log_metric=lambda name, value: metrics[name].append(float(value)),
-        )
-
-    def _gather(self, values: Tensor) -> Tensor:
-        # One process keeps its float64, which not every device has.
-        return (
-            values.cpu() if self.args.world_size == 1 else self.accelerator.gather(values.to(self.args.device)).cpu()
-        )
-
-    # -- evaluation ---------------------------------------------------------------------------------------------------
-
-    def generate(self, prompts: list[str], *, view: str | None = "ema", num_images: int = 1) -> Tensor:
-        """
-        Evaluation images of prompts: fixed noise, `eval_num_steps`, no process but this one.
-
-        Args:
-            prompts (`list[str]`):
-                The prompts.
-            view (`str`, *optional*, defaults to `"ema"`):
-                Weights to sample from: `"ema"`, `"base"`, another view of the policy, or `None` for the policy.
-            num_images (`int`, *optional*, defaults to `1`):
-                Images of each prompt.
-
-        Returns:
-            `torch.Tensor` of shape `(len(prompts) * num_images, 3, H, W)`, uint8, on the CPU.
-
-        Raises:
-            `ValueError`: if there is no such view.
-        """
-        args, views = self.args, (*(("base",) if self.policy.peft_config else ()), *self.policy.views)
-        if view is not None and view not in views:
-            raise ValueError(f"`view` is {view!r}; this run has {views}, and `None` for the policy itself.")
-        _, images = self._sample(
-            evaluation_latents(prompts, num_images, self._latent_shape),
-            [prompt for prompt in prompts for _ in range(num_images)],
-            view=nullcontext() if view is None else getattr(self.policy, view)(),
-            batch_size=args.per_device_eval_batch_size,
-            num_steps=args.eval_num_steps,
-            guidance_scale=args.eval_guidance_scale,
-        )
-        return images
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """
-        Rewards and image statistics on held-out prompts, with the `ema` weights.
-
-        Args:
-            eval_dataset (map-style data set or `dict` of them, *optional*):
-                The trainer's `eval_dataset` if not given.
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
-                Prefix of the names.
-
-        Returns:
-            `dict[str, float]` with `eval_reward`, its standard deviation and standard error over images,
-            `eval_rewards/<name>/mean` and `/std`, and `eval_images/<statistic>`.
-        """
-        datasets = _named(self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix)
-        if not datasets:
-            raise ValueError("There is nothing to evaluate: give `eval_dataset` here or to the trainer.")
-        metrics = {}
-        for prefix, dataset in datasets.items():
-            _check_dataset(prefix, dataset)
-            metrics |= self._evaluate_one(dataset, prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _evaluate_one(self, dataset: Any, prefix: str) -> dict[str, float]:
-        args, start = self.args, time.perf_counter()
-        rows = [dataset[i] for i in range(args.process_index, len(dataset), args.world_size)]
-        images, scores, extra = None, None, defaultdict(list)
-        if rows:
-            view = "ema" if "ema" in self.policy.views else None
-            images = self.generate([row["prompt"] for row in rows], view=view, num_images=args.eval_num_images)
-            rows = [row for row in rows for _ in range(args.eval_num_images)]
-            scores = self._score(self.eval_scorer, images, rows, extra)
-        shards = [shard for shard in gather_object([(scores, images, dict(extra))]) if shard[0] is not None]
-        failed = int(sum(scores.failed.sum() for scores, *_ in shards))
-        rewards = torch.cat([scores.rewards for scores, *_ in shards])
-        if rewards.isnan().all():
-            raise RuntimeError(
-                f"No evaluation image has a reward: {failed} of {len(rewards)} failed, to the others no reward "
-                "applies. The log above has the reason."
-            )
-        metrics = {f"{prefix}_reward": rewards.nanmean().item(), f"{prefix}_reward_std": _nanstd(rewards)}
-        metrics[f"{prefix}_reward_stderr"] = _nanstd(rewards) / (~rewards.isnan()).sum().sqrt().item()
-        for name in self.eval_scorer.names:
-            values = torch.cat([scores.by_name[name] for scores, *_ in shards])
-            metrics[f"{prefix}_rewards/{name}/mean"] = values.nanmean().item()
-            metrics[f"{prefix}_rewards/{name}/std"] = _nanstd(values)
-        for name in sorted({name for *_, extra in shards for name in extra}):  # from the rewards' `log_metric`
-            values = [value for *_, extra in shards for value in extra.get(name, [])]
-            metrics[f"{prefix}_{name}"] = sum(values) / len(values)
-        for name, value in image_statistics(torch.cat([images for _, images, _ in shards])).items():
-            metrics[f"{prefix}_images/{name}"] = value
-        metrics[f"{prefix}_num_images"] = len(rewards)
-        metrics[f"{prefix}_failed"] = failed
-        metrics[f"{prefix}_runtime"] = round(time.perf_counter() - start, 4)
-        return metrics
-
-    # -- logging ------------------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a training log: the means since the last one, NaN dropped
-            for name, values in self._metrics.items():
-                mean = torch.tensor([float(value) for value in values], dtype=torch.float64).nanmean().item()
-                if mean == mean:
-                    logs[name] = mean
-            self._metrics.clear()
-        super().log(logs, start_time)
-
     def _log_rewards(self, rewards: Tensor, groups: Tensor, advantages: Tensor, by_name: dict[str, Tensor]) -> None:
-        spread = [_nanstd(rewards[groups == group]) for group in groups.unique()]
+        spread = [nanstd(rewards[groups == group]) for group in groups.unique()]
         self._metrics["reward"].append(rewards.nanmean().item())
         self._metrics["reward_std"].append(torch.tensor(spread).nanmean().item())
         self._metrics["frac_reward_zero_std"].append(zero_variance(rewards, groups).float().mean().item())
         self._metrics["rewards_failed"].append(int(rewards.isnan().sum()))
         for name, values in by_name.items():
             self._metrics[f"rewards/{name}/mean"].append(values.nanmean().item())
-            self._metrics[f"rewards/{name}/std"].append(_nanstd(values))
+            self._metrics[f"rewards/{name}/std"].append(nanstd(values))
         if self.args.advantage_clip is not None:
             at_bound = (advantages.abs() >= self.args.advantage_clip).float().mean().item()
             self._metrics["advantage_clip_ratio"].append(at_bound)
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = self._clock()
-        yield
-        self._seconds[name] += self._clock() - start
-
-    def _clock(self) -> float:
-        if self.args.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter()
-
-    def _send_telemetry(self) -> None:
-        """Nothing is sent: TRL's report reads a transformers configuration, which a diffusers model has not."""
-
-    # -- saving -------------------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # A checkpoint holds what training goes on from: the live policy, and the views in folders of their names.
-        # Elsewhere stands what is used: the evaluated weights, as a PEFT adapter and as diffusers' LoRA file.
-        if not self.args.should_save:
-            return
-        directory = Path(output_dir or self.args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        torch.save(self.args, directory / "training_args.bin")
-        if directory.name == f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}":
-            self.policy.save(directory)
-            view = None
-        else:
-            view = "ema" if self.args.save_ema and "ema" in self.policy.views else None
-            self.policy.save_pretrained(directory if self.policy.peft_config else directory / "transformer", view)
-        if self.policy.peft_config is not None:
-            self.backbone.save_lora(directory, self.policy.lora_state_dict(view), self.policy.peft_config.to_dict())
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.policy.load(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = self._buffer_file(resume_from_checkpoint)
         if path.is_file():
             self.buffer.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
-
-    def _load_best_model(self) -> None:
-        logger.info("Loading the best model from %s (%s).", self.state.best_model_checkpoint, self.state.best_metric)
-        self.policy.load(self.state.best_model_checkpoint)
+        # A stream is read on to where it stood. Trainer restores the global random state after this, so that a prompt
+        # function which draws from it goes on as well as one that counts.
+        step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
+        self.sampler.seek(step // self.args.steps_per_round if self.buffer.round is None else self.buffer.round + 1)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -700,15 +502,6 @@ class DGPOTrainer(_BaseTrainer):
 
     def _buffer_file(self, directory: str) -> Path:
         return Path(directory) / f"rollout_{self.args.process_index}_of_{self.args.world_size}.pt"
-
-    # -- construction -------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _load_dtype(args: DGPOConfig) -> torch.dtype:
-        # Frozen weights are kept in the dtype that they are used in; trained ones in float32.
-        if args.full_finetuning:
-            return torch.float32
-        return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
     def _train_levels(self, args: DGPOConfig) -> Tensor:
         sigmas = self.backbone.sigmas(args.sample_num_steps)
@@ -722,10 +515,9 @@ class DGPOTrainer(_BaseTrainer):
             )
         return kept
 
-    def _views(self, args: DGPOConfig, evaluates: bool) -> tuple[str, ...]:
+    def _views(self, args: DGPOConfig) -> tuple[str, ...]:
         needs_reference = self._needs_reference(args)
         used = {
-            "ema": args.save_ema or evaluates,
             "old": args.clip_range is not None
             or args.old_policy_after is not None
             or (needs_reference and args.reference == "old"),
@@ -761,65 +553,8 @@ class _MicroStep:
     base_prediction: Tensor | None
 
 
-class _ModelConfig(FrozenDict):
-    """What Trainer's logging integrations ask of a model's configuration, which diffusers' own has not."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self)
-
-    def to_json_string(self) -> str:
-        return json.dumps(dict(self), indent=2, default=str)
-
-
-class _MoveAverages(TrainerCallback):
-    """Moves the averaged weights after every optimiser step that was taken."""
-
-    def __init__(self, trainer: DGPOTrainer):
-        self.trainer = trainer
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        policy, step = self.trainer.policy, state.global_step
-        if self.trainer.accelerator.optimizer_step_was_skipped:
-            return
-        if "old" in policy.views:
-            policy.update_old(step)
-        if "ema" in policy.views and (step + 1) % args.ema_every == 0:
-            policy.update_ema(step)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def _named(dataset: Any, name: str = "eval_dataset") -> dict[str, Any]:
-    if isinstance(dataset, dict):
-        return {f"{name}_{key}": value for key, value in dataset.items()}
-    return {} if dataset is None else {name: dataset}
-
-
-def _check_dataset(name: str, dataset: Any) -> None:
-    if isinstance(dataset, dict):
-        raise TypeError(f"`{name}` is a dict of {sorted(dataset)}; give one of them, such as `dataset['train']`.")
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise TypeError(
-            f"`{name}` is {type(dataset).__name__}; it must have a length and rows by index, as `datasets.Dataset`."
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty; it needs at least one row with a `prompt`.")
-    row = dataset[0]
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        shape = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(
-            f"The rows of `{name}` ({shape}) need a column `prompt` of type `str`; rename the column that holds it."
-        )
-
-
-def _nanstd(values: Tensor) -> float:
-    values = values[~values.isnan()]
-    return values.std(correction=0).item() if len(values) else float("nan")
+def _checked_prompt(row: Any) -> str:
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(prompt, str):
+        raise ValueError(f"A row of `train_dataset` is {row!r:.200}; it needs a column `prompt` of type `str`.")
+    return prompt

@@ -1,0 +1,253 @@
+"""The recipes are valid, say what was published, and train."""
+
+import importlib.util
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_random_pipeline
+
+from trl_dgpo import DGPOConfig, GPOConfig
+from trl_dgpo.backbones import load_backbone
+from trl_dgpo.cli import main, parse
+from trl_dgpo.noising import trainable_levels
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = {path.stem: path for path in sorted((EXAMPLES / "recipes").glob("*.yaml"))}
+
+# One column a recipe, as published; what is the same for all is in `AUTHORS`.
+PUBLISHED = {
+    "sd35_ocr": {
+        "num_generations": 16,
+        "prompts_per_round": 8,
+        "beta": 100,
+        "kl_coef": 0.02,
+        "clip_range": 1e-2,
+        "scale_rewards": "batch",
+        "t_min": 0.4,
+        "old_policy_after": 201,
+        "sample_guidance_scale": 4.5,
+        "reference_guidance_scale": 1.0,
+        "reference": "frozen",
+        "eval_num_steps": 14,
+    },
+    "sd35_geneval": {
+        "num_generations": 16,
+        "prompts_per_round": 8,
+        "beta": 100,
+        "kl_coef": 0.02,
+        "clip_range": 1e-2,
+        "scale_rewards": "group",
+        "t_min": 0.6,
+        "old_policy_after": 501,
+        "sample_guidance_scale": 4.5,
+        "reference_guidance_scale": 1.0,
+        "reference": "frozen",
+        "eval_num_steps": 14,
+    },
+    "sd35_pickscore": {
+        "num_generations": 24,
+        "prompts_per_round": 8,
+        "beta": 10,
+        "kl_coef": 0.001,
+        "clip_range": 5e-2,
+        "scale_rewards": "batch",
+        "t_min": 0.4,
+        "old_policy_after": 201,
+        "sample_guidance_scale": 4.5,
+        "reference_guidance_scale": 1.0,
+        "reference": "frozen",
+        "eval_num_steps": 14,
+    },
+    "sd35_cfg_free_frozen": {
+        "num_generations": 16,
+        "prompts_per_round": 8,
+        "beta": 100,
+        "kl_coef": 0.001,
+        "clip_range": 1e-5,
+        "scale_rewards": "batch",
+        "t_min": 0.4,
+        "old_policy_after": 201,
+        "sample_guidance_scale": 1.0,
+        "reference_guidance_scale": 4.5,
+        "reference": "frozen",
+        "eval_num_steps": 10,
+    },
+    "sd35_cfg_free_old": {
+        "num_generations": 16,
+        "prompts_per_round": 8,
+        "beta": 2000,
+        "kl_coef": 0.001,
+        "clip_range": 1e-5,
+        "scale_rewards": "batch",
+        "t_min": 0.4,
+        "old_policy_after": 201,
+        "sample_guidance_scale": 1.0,
+        "reference_guidance_scale": 1.0,
+        "reference": "old",
+        "eval_num_steps": 10,
+    },
+    "sd35_paper": {
+        "num_generations": 24,
+        "prompts_per_round": 24,
+        "beta": 100,
+        "kl_coef": 0.02,
+        "clip_range": None,
+        "scale_rewards": "group",
+        "t_min": 0.4,
+        "timestep_sampling": "continuous",
+        "prompt_dropout": 0.05,
+        "old_policy_after": 200,
+        "sample_guidance_scale": 4.5,
+        "reference": "frozen",
+        "eval_num_steps": 40,
+        "advantage_clip": None,
+    },
+}
+AUTHORS = {
+    "loss_type": "surrogate",
+    "num_train_timesteps": 4,
+    "sample_num_steps": 10,
+    "sampler": "dpm",
+    "resolution": 512,
+    "width": 512,
+    "max_sequence_length": 128,
+    "negative_prompt": "",
+    "num_iterations": 1,
+    "updates_per_round": 1,
+    "advantage_clip": 5.0,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "weight_decay": 1e-4,
+    "max_grad_norm": 1.0,
+    "seed": 42,
+    "full_finetuning": False,
+}
+# What the recipe leaves to the command line.
+REST = {
+    "sd35_geneval": ("--dataset_name", "prompts.jsonl", "--reward_funcs", "rewards.py:geneval"),
+    "sd35_pickscore": ("--dataset_name", "prompts.txt", "--reward_funcs", "rewards.py:pickscore"),
+}
+
+
+def read(name: str, *flags: str):
+    return parse(["--config", str(RECIPES[name]), *flags])
+
+
+def config(name: str) -> DGPOConfig:
+    return read(name)[1]
+
+
+def kept_levels(args: DGPOConfig) -> int:
+    """Levels of the rollout's grid that are trained on: the random pipeline has SD3.5's scheduler."""
+    backbone = load_backbone(tiny_random_pipeline(), sampler=args.sampler, sigmas=args.sigmas)
+    return len(trainable_levels(backbone.sigmas(args.sample_num_steps), args.t_min, backbone.shift_factor))
+
+
+def test_there_are_the_recipes_that_were_promised():
+    assert RECIPES.keys() == PUBLISHED.keys() | {"tiny_ocr", "tiny_gpo", "sd35_gpo"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_numbers_are_the_published_ones(name):
+    args = config(name)
+    expected = AUTHORS | PUBLISHED[name]
+    assert {field: getattr(args, field) for field in expected} == expected
+    assert type(args) is DGPOConfig
+    assert args.eval_guidance_scale == args.sample_guidance_scale
+
+
+def test_rounds_and_levels_are_those_of_the_authors():
+    images = {name: (args := config(name)).prompts_per_round * args.num_generations for name in RECIPES}
+    assert images == {
+        "sd35_ocr": 128,
+        "sd35_geneval": 128,
+        "sd35_pickscore": 192,
+        "sd35_cfg_free_frozen": 128,
+        "sd35_cfg_free_old": 128,
+        "sd35_paper": 576,
+        "sd35_gpo": 256,
+        "tiny_ocr": 72,
+        "tiny_gpo": 72,
+    }
+    # trunc_steps is the last index that is kept: 6 and 4.
+    on_grid = {name: kept_levels(config(name)) for name in ("sd35_ocr", "sd35_geneval", "sd35_pickscore", "sd35_gpo")}
+    assert on_grid == {"sd35_ocr": 7, "sd35_geneval": 5, "sd35_pickscore": 7, "sd35_gpo": 10}
+    # Whole groups for each of the authors' four processes.
+    assert all(config(name).prompts_per_round % 4 == 0 for name in RECIPES if name.startswith("sd35"))
+
+
+def test_gpo_is_the_papers_where_it_names_a_number():
+    args = config("sd35_gpo")
+    named = {"num_generations": 32, "num_train_timesteps": 5, "num_iterations": 3, "t_min": 0.0}
+    assert {name: getattr(args, name) for name in named} == named
+    assert (type(args), args.reference, args.kl_coef, args.clip_range) == (GPOConfig, "refreshed", 0.0, None)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_names_its_model_and_what_it_lacks(name):
+    script, args, model = read(name, *REST.get(name, ()))
+    assert model.model_name_or_path == (
+        "tiny" if name.startswith("tiny") else "stabilityai/stable-diffusion-3.5-medium"
+    )
+    assert script.dataset_name
+    assert script.reward_funcs
+    if name in REST:
+        assert read(name)[0].reward_funcs is read(name)[0].dataset_name is None
+    assert args.output_dir.startswith("outputs/")
+    outputs = [config(other).output_dir for other in RECIPES]
+    assert len(set(outputs)) == len(outputs)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("sd35")])
+def test_a_recipe_says_where_its_numbers_are_from(name):
+    header = RECIPES[name].read_text().split("\ntrainer:")[0]
+    assert "Not run here on the real weights" in header
+    assert f"--config examples/recipes/{name}.yaml" in header
+    assert "github.com/Luo-Yihong/DGPO" in header or name == "sd35_gpo"
+    assert "Here: " in header or name == "sd35_gpo"
+    assert all(line.startswith("#") or not line for line in header.splitlines())
+
+
+@pytest.mark.parametrize("trainer", ["dgpo", "gpo"])
+def test_the_tiny_recipes_are_the_examples(trainer, monkeypatch):
+    spec = importlib.util.spec_from_file_location("train_sd35_ocr", EXAMPLES / "train_sd35_ocr.py")
+    example = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "train_sd35_ocr", example)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr("sys.argv", ["train_sd35_ocr.py", "--trainer", trainer])
+    theirs = example.parse()[2]
+    _, ours, model = read({"dgpo": "tiny_ocr", "gpo": "tiny_gpo"}[trainer])
+    differing = {f.name for f in fields(ours) if getattr(ours, f.name) != getattr(theirs, f.name)}
+    assert differing <= {"output_dir", "run_name"}
+    assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (16, 32, 0.0)
+
+
+def test_a_recipe_trains_and_writes_its_outputs(tmp_path, capsys):
+    pipeline = tmp_path / "pipeline"
+    tiny_random_pipeline().save_pretrained(pipeline)
+    (tmp_path / "rewards.py").write_text("def red(images, **kwargs): return [i.getpixel((0, 0))[0] for i in images]")
+    flags = {
+        "model_name_or_path": pipeline,
+        "reward_funcs": f"{tmp_path / 'rewards.py'}:red",
+        "output_dir": tmp_path / "run",
+        "num_prompts": 8,
+        "num_eval_prompts": 4,
+        "max_steps": 2,
+        "eval_steps": 2,
+        "prompts_per_round": 2,
+        "num_generations": 2,
+        "per_device_train_batch_size": 2,
+    }
+    words = [str(word) for flag in flags.items() for word in (f"--{flag[0]}", flag[1])]
+    assert main(["train", "--config", str(RECIPES["tiny_ocr"]), *words]) == 0
+    assert "4 held-out images" in capsys.readouterr().out
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert written >= {"pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"}
+    adapter = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["init_lora_weights"]) == (16, 32, "gaussian")

@@ -1,0 +1,369 @@
+"""The command line as a user types it: recipes, flags, prompts, rewards, and what a mistake looks like."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import tiny_random_pipeline
+from tiny_trainers import CONFIG
+from trl import ModelConfig
+
+from trl_dgpo import DGPOConfig, GPOConfig, cli
+from trl_dgpo.cli import DGPOScriptArguments, EvaluateArguments, SampleArguments, main, parse
+
+
+REPOSITORY = Path(__file__).parents[1]
+
+REWARDS = """
+import json
+
+calls = []
+
+def brightness(images, **kwargs):
+    calls.append(len(images))
+    return [sum(image.convert("L").tobytes()) / (255 * image.width * image.height) for image in images]
+
+def interrupted(images, **kwargs):
+    if len(calls) == 1:
+        raise KeyboardInterrupt
+    return brightness(images)
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_random_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, pipeline_folder) -> Path:
+    """A whole recipe of seconds: a random pipeline, two files of prompts and a reward in a file."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "prompts.txt").write_text("a\nb\n\nc\n")
+    (tmp_path / "held_out.txt").write_text("d\ne\n")
+    flags = {
+        **{name: value for name, value in CONFIG.items() if value is not None},
+        "old_policy_after": -1,
+        "model_name_or_path": str(pipeline_folder),
+        "dataset_name": str(tmp_path / "prompts.txt"),
+        "eval_dataset_name": str(tmp_path / "held_out.txt"),
+        "reward_funcs": f"{tmp_path / 'rewards.py'}:brightness",
+        "output_dir": str(tmp_path / "run"),
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "clip_range": None,
+        "report_to": "none",
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in flags.items()))
+    return path
+
+
+def error(capsys, *argv: str) -> str:
+    """The one line that a mistake gets."""
+    assert main([str(word) for word in argv]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+# -- flags and recipes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script_class", [DGPOScriptArguments, EvaluateArguments, SampleArguments])
+@pytest.mark.parametrize("config_class", [DGPOConfig, GPOConfig])
+def test_no_flag_has_two_meanings(script_class, config_class):
+    names = [f.name for cls in (script_class, config_class, ModelConfig) for f in fields(cls)]
+    assert len(set(names)) == len(names)
+
+
+def test_help_of_the_command_is_quick():
+    code = (
+        "import sys\nfrom trl_dgpo.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: print({'torch', 'trl', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("set()")
+    for command in ("train", "evaluate", "sample", "report"):
+        assert f"\n    {command}" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "report"])
+@pytest.mark.parametrize("trainer", ["dgpo", "gpo"])
+def test_help_of_every_command_renders(command, trainer, capsys):
+    flags = [] if command == "report" else ["--trainer", trainer]
+    with pytest.raises(SystemExit) as stopped:
+        main([command, *flags, "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    if command == "report":
+        assert "output_dir" in printed
+    else:
+        assert all(f"--{name}" in printed for name in ("kl_coef", "learning_rate", "lora_r", "reward_funcs"))
+        assert ("'linear' or 'logsigmoid'" in printed) == (trainer == "gpo")
+
+
+def test_a_flag_beats_the_recipe_and_the_recipe_the_default(recipe):
+    script, args, model = parse(["--config", str(recipe), "--beta", "7", "--num_generations=2"])
+    assert (args.beta, args.num_generations, args.prompts_per_round, args.kl_coef) == (7.0, 2, 4, 0.0)
+    assert args.clip_range is None
+    assert args.max_grad_norm == DGPOConfig(output_dir="x", use_cpu=True).max_grad_norm
+    assert script.reward_funcs == [f"{recipe.parent / 'rewards.py'}:brightness"]
+    assert not model.use_peft
+
+
+def test_the_trainer_decides_which_configuration_there_is(recipe):
+    assert type(parse(["--config", str(recipe)])[1]) is DGPOConfig
+    assert type(parse([f"--config={recipe}", "--trainer=gpo"])[1]) is GPOConfig
+    recipe.write_text(recipe.read_text() + "\ntrainer: gpo")
+    script, args, _ = parse(["--config", str(recipe)])
+    assert (script.trainer, type(args), args.loss_type) == ("gpo", GPOConfig, "linear")
+    assert type(parse(["--config", str(recipe), "--trainer", "dgpo"])[1]) is DGPOConfig
+
+
+def test_a_revision_reaches_the_loading(recipe):
+    _, args, _ = parse(["--config", str(recipe), "--model_revision", "v2"])
+    assert args.model_init_kwargs == {"revision": "v2"}
+
+
+def test_a_lora_from_the_command_line_starts_as_the_trainers_own(recipe):
+    _, _, model = parse(["--config", str(recipe), "--use_peft", "--lora_r", "8", "--lora_alpha", "4"])
+    peft_config = cli._peft_config(model)
+    assert (peft_config.r, peft_config.lora_alpha, peft_config.init_lora_weights) == (8, 4, "gaussian")
+    assert peft_config.task_type is None
+    assert cli._peft_config(parse(["--config", str(recipe)])[2]) is None
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bate", "7"], "There is no --bate 7: `trl-dgpo train --help`"),
+        (["stray"], "There is no stray"),
+        (["--beta", "0"], "`beta` is 0.0; it must be above 0."),
+        (["--loss_type", "linear"], "`loss_type` is 'linear'; it must be one of 'surrogate', 'logsigmoid'"),
+        (["--trainer", "ppo"], "`trainer` is 'ppo'; it must be one of 'dgpo', 'gpo'"),
+        (["--dtype", "bfloat16"], "`dtype` is 'bfloat16', which cannot act here: .*set `bf16`"),
+        (["--attn_implementation", "sdpa"], "`attn_implementation` is 'sdpa', which cannot act here"),
+        (["--lora_modules_to_save", "proj_out"], "`lora_modules_to_save` is .*, which cannot act here"),
+        (["--lora_r", "8"], r"\['lora_r'\] are set without `use_peft`"),
+        (["--reward_funcs", "nonsense"], "There is no reward 'nonsense'. .* ocr, ocr-recognition, package.module"),
+        (["--reward_funcs", "json:nothing"], "'json' has no 'nothing'"),
+        (["--reward_funcs", "no/such/file.py:f"], "There is no file 'no/such/file.py'"),
+        (["--reward_funcs", "no.such.module:f"], "No module named 'no'"),
+        (["--dataset_name", "none.txt"], "There is no file 'none.txt'"),
+        (["--model_name_or_path", "/no/where"], "'/no/where' does not exist"),
+        (["--resume_from_checkpoint", "true"], "There is no checkpoint in .*run' to resume from"),
+        (["--resume_from_checkpoint", "/no/where"], "'/no/where', which is no folder"),
+    ],
+)
+def test_a_mistake_is_one_line(recipe, capsys, flags, message):
+    assert re.search(message, error(capsys, "train", "--config", recipe, *flags))
+    assert not list((recipe.parent).glob("run/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        ("model_name_or_path", "There is no model. Give --model_name_or_path: 'tiny', an id on the Hub"),
+        ("dataset_name", "There are no prompts. Give --dataset_name: 'ocr' or 'tiny-ocr', a file"),
+        ("eval_dataset_name", "has no held-out prompts. Give --eval_dataset_name"),
+        ("reward_funcs", "There is no reward. Give --reward_funcs a name (ocr, ocr-recognition), a function in a"),
+    ],
+)
+def test_what_is_missing_is_asked_for(recipe, capsys, left_out, message):
+    lines = [line for line in recipe.read_text().splitlines() if not line.startswith(f"{left_out}:")]
+    recipe.write_text("\n".join(lines))
+    assert message in error(capsys, "train", "--config", recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("bate: 7", "There is no --bate 7"), ("a: [", "is not YAML"), ("- a", "must hold flags")]
+)
+def test_a_wrong_recipe_is_told(tmp_path, capsys, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert main(["train", "--config", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_not_there(capsys):
+    assert "No such file or directory: 'none.yaml'" in error(capsys, "train", "--config", "none.yaml")
+
+
+def test_debugging_shows_the_traceback(recipe, monkeypatch):
+    monkeypatch.setenv("TRL_DGPO_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"`beta` is 0\.0"):
+        main(["train", "--config", str(recipe), "--beta", "0"])
+
+
+# -- prompts and rewards ----------------------------------------------------------------------------------------------
+
+
+def prompts(split="train", **fields):
+    return cli._dataset(DGPOScriptArguments(**fields), split)
+
+
+def test_made_prompts_are_held_out_by_themselves():
+    train = prompts(dataset_name="tiny-ocr", num_prompts=50)
+    test = prompts("test", dataset_name="tiny-ocr")
+    assert (len(train), len(test)) == (50, 256)
+    assert set(train.column_names) == {"prompt", "text"}
+    assert not set(train["prompt"]) & set(test["prompt"])
+    assert len(prompts(dataset_name="ocr", num_prompts=3)) == 3
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv", "parquet"])
+def test_prompts_from_files(tmp_path, suffix):
+    import pandas
+
+    path = tmp_path / f"prompts.{suffix}"
+    frame = pandas.DataFrame({"prompt": ["a", "b", "c"], "count": [1, 2, 3]})
+    {
+        "txt": lambda: path.write_text("a\n\n  b\nc\n"),
+        "jsonl": lambda: frame.to_json(path, orient="records", lines=True),
+        "json": lambda: frame.to_json(path, orient="records"),
+        "csv": lambda: frame.to_csv(path, index=False),
+        "parquet": lambda: frame.to_parquet(path),
+    }[suffix]()
+    read = prompts(dataset_name=str(path))
+    assert read["prompt"][:] == ["a", "b", "c"]
+    assert suffix == "txt" or read["count"][:] == [1, 2, 3]
+    assert len(prompts(dataset_name=str(path), num_prompts=2)) == 2
+    assert len(prompts("test", dataset_name="ocr", eval_dataset_name=str(path), num_eval_prompts=9)) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_prompts_of_a_data_set_with_splits(tmp_path, streaming):
+    for split, rows in {"train": "abc", "test": "de"}.items():
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps({"prompt": row}) for row in rows))
+    source = {"dataset_name": str(tmp_path), "dataset_streaming": streaming}
+    assert [row["prompt"] for row in prompts(**source)] == ["a", "b", "c"]
+    assert [row["prompt"] for row in prompts("test", **source)] == ["d", "e"]
+    assert [row["prompt"] for row in prompts(num_prompts=2, **source)] == ["a", "b"]
+    assert [row["prompt"] for row in prompts(dataset_train_split="test", **source)] == ["d", "e"]
+
+
+def test_rewards_by_their_three_names(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)  # an installed command does not look there by itself
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    builtin, small, by_colon, by_dot, by_file = cli._rewards(
+        ["ocr", "ocr-recognition", "my_rewards:brightness", "my_rewards.brightness", "my_rewards.py:brightness"]
+    )
+    assert (builtin.recognition_only, small.recognition_only) == (False, True)
+    assert by_colon is by_dot
+    assert by_file([Image.new("RGB", (2, 2), "white")]) == [1.0]
+    del sys.modules["my_rewards"]
+
+
+# -- the commands -----------------------------------------------------------------------------------------------------
+
+
+def test_train_then_evaluate_then_sample(recipe, capsys, tmp_path):
+    assert main(["train", "--config", str(recipe), "--max_steps", "2", "--learning_rate", "0.1"]) == 0
+    printed = capsys.readouterr().out
+    assert "step 0    step 2" in printed
+    run = tmp_path / "run"
+    assert f"Everything is in {run}." in printed
+    for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"):
+        assert (run / name).is_file()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+    # The saved run measures what its last evaluation measured, and so does its start.
+    scores = {}
+    for name, model in {"after": ["--model_name_or_path", str(run)], "before": []}.items():
+        output = tmp_path / "numbers" / f"{name}.json"
+        assert main(["evaluate", "--config", str(recipe), *model, "--output", str(output)]) == 0
+        scores[name] = json.loads(output.read_text())["eval_reward"]
+        assert f"{scores[name]:.3f}" in capsys.readouterr().out
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rewards = {entry["step"]: entry["eval_reward"] for entry in logged if "eval_reward" in entry}
+    assert scores["before"] == pytest.approx(rewards[0], abs=1e-6)
+    assert scores["after"] == pytest.approx(rewards[2], abs=1e-6)
+    assert abs(scores["after"] - scores["before"]) > 1e-4
+
+    pictures = tmp_path / "pictures"
+    flags = ["--model_name_or_path", str(run), "--prompts", "d", "an e", "--num_images", "2"]
+    assert main(["sample", "--config", str(recipe), *flags, "--output", str(pictures)]) == 0
+    names = {"000-0.png", "000-1.png", "001-0.png", "001-1.png", "grid.png"}
+    assert {path.name for path in pictures.iterdir()} == names
+    assert Image.open(pictures / "001-1.png").size == (32, 32)
+    assert (pictures / "000-0.png").read_bytes() != (pictures / "000-1.png").read_bytes()
+
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before, "the run's folder was written to"
+
+
+def test_training_goes_on(recipe, tmp_path):
+    flags = ["--config", str(recipe), "--save_strategy", "steps", "--save_steps", "1", "--eval_strategy", "no"]
+    weights = {}
+    for name, rest in {
+        "whole": ["--max_steps", "2"],
+        "half": ["--max_steps", "1"],
+        "resumed": ["--max_steps", "2", "--resume_from_checkpoint", "true"],
+    }.items():
+        output_dir = tmp_path / ("whole" if name == "whole" else "interrupted")
+        assert main(["train", *flags, "--output_dir", str(output_dir), *rest]) == 0
+        weights[name] = load_file(output_dir / "adapter_model.safetensors")
+    assert all(torch.equal(weights["whole"][key], weights["resumed"][key]) for key in weights["whole"])
+    assert not all(torch.equal(weights["whole"][key], weights["half"][key]) for key in weights["whole"])
+
+
+def test_ctrl_c_saves_what_was_learned(recipe, capsys, tmp_path):
+    flags = ["--reward_funcs", f"{tmp_path / 'rewards.py'}:interrupted", "--max_steps", "9", "--eval_strategy", "no"]
+    # The second round's rewards are interrupted.
+    assert main(["train", "--config", str(recipe), *flags]) == 130
+    assert "Interrupted after 1 steps" in capsys.readouterr().out
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_an_error_in_training_keeps_its_traceback(recipe, tmp_path):
+    (tmp_path / "wrong.py").write_text("def wrong(images, **kwargs): return [1.0]")
+    with pytest.raises(ValueError, match="`wrong` returned 1 values for 16 images"):
+        main(
+            ["train", "--config", str(recipe), "--eval_strategy", "no", "--reward_funcs", f"{tmp_path}/wrong.py:wrong"]
+        )
+
+
+def test_nothing_to_draw(recipe, capsys):
+    assert "There is nothing to draw. Give --prompts" in error(capsys, "sample", "--config", recipe)
+    flags = ["--prompts", "a", "--num_images", "0"]
+    assert "`num_images` is 0; it must be at least 1" in error(capsys, "sample", "--config", recipe, *flags)
+
+
+def test_report_is_written_where_it_is_told(tmp_path, monkeypatch, capsys):
+    from trl_dgpo import report
+
+    written = []
+    monkeypatch.setattr(report, "write_report", lambda run, path: written.append((run, path)))
+    assert main(["report", str(tmp_path)]) == 0
+    assert main(["report", str(tmp_path), "--output", "there.html"]) == 0
+    assert written == [(tmp_path, tmp_path / "report.html"), (tmp_path, Path("there.html"))]
+    assert "there.html" in capsys.readouterr().out
+    assert "'nowhere' is not a folder" in error(capsys, "report", "nowhere")
+
+
+def test_python_m(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "trl_dgpo", "report", str(tmp_path / "none")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("trl-dgpo report: error:")

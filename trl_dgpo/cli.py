@@ -1,0 +1,563 @@
+"""
+The command line: `trl-dgpo train|evaluate|sample|report`, or `python -m trl_dgpo`.
+
+`train`, `evaluate` and `sample` take the same recipe, a YAML file of flags, and the same flags over it: those of this
+file, every field of [`DGPOConfig`] or [`GPOConfig`], and those of [`~trl.ModelConfig`]. So what a run was trained with
+is what it is evaluated and drawn with.
+
+What a user can get wrong ends as one line and exit code 2, before anything is trained; `TRL_DGPO_DEBUG=1` shows the
+traceback. From the first step on errors keep theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor
+    from trl import ModelConfig, TrlParser
+
+    from .trainer.dgpo_config import DGPOConfig
+    from .trainer.dgpo_trainer import DGPOTrainer
+
+TRAINERS = ("dgpo", "gpo")
+REWARDS = {"ocr": {}, "ocr-recognition": {"recognition_only": True}}
+PROMPTS = ("ocr", "tiny-ocr")
+FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass
+class DGPOScriptArguments:
+    r"""
+    What a recipe names besides the trainer's configuration and the model.
+
+    Args:
+        trainer (`str`, *optional*, defaults to `"dgpo"`):
+            `"dgpo"` or `"gpo"`; decides which configuration's flags there are.
+        dataset_name (`str`):
+            Prompts: `"ocr"` or `"tiny-ocr"` (made by [`trl_dgpo.prompts`]), a `.txt` file of one prompt a line, a
+            `.jsonl`, `.json`, `.csv` or `.parquet` file with a column `prompt`, or a data set's id on the Hub.
+        dataset_config (`str`, *optional*):
+            Configuration of a data set on the Hub.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split that is trained on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split that is held out.
+        dataset_streaming (`bool`, *optional*, defaults to `False`):
+            Read a data set on the Hub as a stream.
+        eval_dataset_name (`str`, *optional*):
+            Held-out prompts from elsewhere, in the forms of `dataset_name`.
+        num_prompts (`int`, *optional*):
+            Training prompts: all, or 20 000 made ones, if not set.
+        num_eval_prompts (`int`, *optional*):
+            Held-out prompts: all, or 256 made ones, if not set.
+        reward_funcs (`list[str]`):
+            Rewards, each one of `"ocr"` and `"ocr-recognition"` (small pictures of one line), a function in a module
+            (`package.module:function`) or in a file (`path/to/rewards.py:function`).
+        eval_reward_funcs (`list[str]`, *optional*):
+            What evaluation measures, if not the same.
+    """
+
+    trainer: str = field(default="dgpo", metadata={"help": "The method.", "choices": list(TRAINERS)})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts: 'ocr' or 'tiny-ocr' (made here), a .txt file of one prompt a line, a .jsonl, .json, "
+            ".csv or .parquet file with a column `prompt`, or a data set's id on the Hub."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split that is trained on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split that is held out."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read a data set on the Hub as a stream."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out prompts from elsewhere, in the forms of --dataset_name."}
+    )
+    num_prompts: int | None = field(
+        default=None, metadata={"help": "Training prompts: all, or 20000 made ones, if not set."}
+    )
+    num_eval_prompts: int | None = field(
+        default=None, metadata={"help": "Held-out prompts: all, or 256 made ones, if not set."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards, each one of 'ocr' and 'ocr-recognition' (small pictures of one line), a function in a "
+            "module (package.module:function) or in a file (path/to/rewards.py:function)."
+        },
+    )
+    eval_reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "What evaluation measures, if not the same."}
+    )
+
+    def __post_init__(self):
+        # A recipe may say `reward_funcs: ocr`.
+        for name in ("reward_funcs", "eval_reward_funcs"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [value])
+
+
+@dataclass
+class EvaluateArguments(DGPOScriptArguments):
+    """
+    Arguments of `trl-dgpo evaluate`.
+
+    Args:
+        output (`str`, *optional*):
+            JSON file for the numbers.
+    """
+
+    output: str | None = field(default=None, metadata={"help": "JSON file for the numbers."})
+
+
+@dataclass
+class SampleArguments(DGPOScriptArguments):
+    """
+    Arguments of `trl-dgpo sample`. The noise of a picture depends on its prompt and number alone, as in evaluation.
+
+    Args:
+        prompts (`list[str]`):
+            What to draw.
+        num_images (`int`, *optional*, defaults to `1`):
+            Pictures of each prompt.
+        output (`str`, *optional*, defaults to `"pictures"`):
+            Folder for the pictures and their grid.
+    """
+
+    prompts: list[str] | None = field(default=None, metadata={"help": "What to draw."})
+    num_images: int = field(default=1, metadata={"help": "Pictures of each prompt."})
+    output: str = field(default="pictures", metadata={"help": "Folder for the pictures and their grid."})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run a command.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            The command and its flags; the process's own if not given.
+
+    Returns:
+        `int`: 0, 2 for a mistake in what was given, 130 for Ctrl-C.
+    """
+    # Threads that spin while they wait lose most of their time where anything else runs on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # they warn of packages that nothing here needs
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="trl-dgpo",
+        description="Reinforcement learning for text-to-image diffusion models.",
+        epilog="`trl-dgpo COMMAND --help` lists the flags of a command. TRL_DGPO_DEBUG=1 shows where an error arose.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, summary) in _COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    command = parser.parse_args(argv[:1]).command
+    run = _COMMANDS[command][0]
+    try:
+        return run(argv[1:])
+    except UsageError as error:
+        print(f"trl-dgpo {command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def make_parser(
+    config_class: type[DGPOConfig] | None = None,
+    script_class: type[DGPOScriptArguments] = DGPOScriptArguments,
+    command: str = "train",
+) -> TrlParser:
+    """The parser of `train`, `evaluate` or `sample`: flags, `--config recipe.yaml`, and flags over the recipe."""
+    from trl import ModelConfig, TrlParser
+
+    from .trainer.dgpo_config import DGPOConfig
+
+    return TrlParser(
+        (script_class, config_class or DGPOConfig, ModelConfig),
+        prog=f"trl-dgpo {command}",
+        allow_abbrev=False,
+        usage=f"trl-dgpo {command} [--config RECIPE.yaml] [--FLAG VALUE ...]",
+        description=f"{_COMMANDS[command][1]} Each flag may also stand in the recipe; a flag given here wins.",
+    )
+
+
+def parse(
+    argv: list[str], script_class: type[DGPOScriptArguments] = DGPOScriptArguments, command: str = "train"
+) -> tuple[DGPOScriptArguments, DGPOConfig, ModelConfig]:
+    """
+    Read a command's flags and its recipe.
+
+    Args:
+        argv (`list[str]`):
+            Flags, among them `--config RECIPE.yaml`.
+        script_class (`type`, *optional*, defaults to [`DGPOScriptArguments`]):
+            The command's own arguments.
+        command (`str`, *optional*, defaults to `"train"`):
+            Its name, for messages.
+
+    Returns:
+        Its own arguments, a [`DGPOConfig`] or [`GPOConfig`], and a [`~trl.ModelConfig`].
+
+    Raises:
+        `ValueError`: for flags that do not exist, do not fit or cannot act.
+    """
+    # Which configuration there is depends on a flag of the same command line or recipe.
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--config")
+    chooser.add_argument("--trainer")
+    known, flags = chooser.parse_known_args(argv)
+    recipe = _read_recipe(known.config) if known.config else {}
+    trainer = known.trainer or recipe.get("trainer", "dgpo")
+    if trainer not in TRAINERS:
+        raise ValueError(f"`trainer` is {trainer!r}; it must be one of {', '.join(map(repr, TRAINERS))}.")
+    if trainer == "gpo":
+        from .trainer.gpo_config import GPOConfig as config_class
+    else:
+        from .trainer.dgpo_config import DGPOConfig as config_class
+    parser = make_parser(config_class, script_class, command)
+    flags = [*flags, "--trainer", trainer, *(["--config", known.config] if known.config else [])]
+    script, args, model, unknown = parser.parse_args_and_config(flags, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"There is no {' '.join(unknown)}: `trl-dgpo {command} --help` lists what there is.")
+    _check_model(model)
+    if model.model_revision != "main":
+        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": model.model_revision}
+    return script, args, model
+
+
+def train(argv: list[str]) -> int:
+    """`trl-dgpo train`: train, save, and tell what came of it."""
+    with _users_mistakes():
+        script, args, model = parse(argv)
+        checkpoint = _checkpoint(args)
+        trainer = _build(
+            script,
+            args,
+            model,
+            train_dataset=_dataset(script, "train"),
+            eval_dataset=None if args.eval_strategy == "no" else _dataset(script, "test"),
+            reward_funcs=_rewards(script.reward_funcs),
+            eval_reward_funcs=script.eval_reward_funcs and _rewards(script.eval_reward_funcs),
+            peft_config=_peft_config(model),
+        )
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        trainer.save_model()
+        print(f"\nInterrupted after {trainer.state.global_step} steps; what was learned is in {args.output_dir}.")
+        return 130
+    trainer.save_model()
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    if trainer.is_world_process_zero():
+        evaluations = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
+        if len(evaluations) > 1:
+            first, last = evaluations[0], evaluations[-1]
+            _print_table({f"step {entry['step']}": entry for entry in (first, last)})
+        print(f"Everything is in {args.output_dir}.")
+    trainer.end()
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """`trl-dgpo evaluate`: the numbers of training's own evaluation, under the same noise."""
+    with tempfile.TemporaryDirectory() as scratch:
+        with _users_mistakes():
+            script, args, model = parse(argv, EvaluateArguments, "evaluate")
+            dataset = _dataset(script, "test")
+            rewards = _rewards(script.eval_reward_funcs or script.reward_funcs)
+            output = None if script.output is None else _writable(Path(script.output))
+            trainer = _build_still(script, args, model, scratch, dataset, rewards)
+        metrics = trainer.evaluate()
+        if trainer.is_world_process_zero():
+            _print_table({model.model_name_or_path: metrics})
+            if output is not None:
+                output.write_text(json.dumps(metrics, indent=2) + "\n")
+                print(f"The numbers are in {output}.")
+        trainer.end()
+    return 0
+
+
+def sample(argv: list[str]) -> int:
+    """`trl-dgpo sample`: pictures of prompts, as files and as one grid."""
+    with tempfile.TemporaryDirectory() as scratch:
+        with _users_mistakes():
+            script, args, model = parse(argv, SampleArguments, "sample")
+            if not script.prompts:
+                raise ValueError("There is nothing to draw. Give --prompts and one or more of them in quotes.")
+            if script.num_images < 1:
+                raise ValueError(f"`num_images` is {script.num_images}; it must be at least 1.")
+            folder = _writable(Path(script.output) / "grid.png").parent
+            from datasets import Dataset
+
+            dataset = Dataset.from_dict({"prompt": script.prompts})
+            trainer = _build_still(script, args, model, scratch, dataset, _no_reward)
+        if trainer.is_world_process_zero():
+            _save_pictures(trainer.generate(script.prompts, num_images=script.num_images), script.prompts, folder)
+        trainer.end()
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    """`trl-dgpo report`: one HTML file of a run."""
+    parser = argparse.ArgumentParser(prog="trl-dgpo report", description=_COMMANDS["report"][1])
+    parser.add_argument("output_dir", type=Path, help="The run's `output_dir`.")
+    parser.add_argument("--output", type=Path, help="The file. OUTPUT_DIR/report.html if not given.")
+    flags = parser.parse_args(argv)
+    with _users_mistakes():
+        from .report import write_report
+
+        if not flags.output_dir.is_dir():
+            raise ValueError(f"{str(flags.output_dir)!r} is not a folder; give the `output_dir` of a run.")
+        path = flags.output or flags.output_dir / "report.html"
+        write_report(flags.output_dir, path)
+    print(f"The report is {path}.")
+    return 0
+
+
+class UsageError(Exception):
+    """What the user gave cannot be done; the message is all there is to say."""
+
+
+@contextmanager
+def _users_mistakes() -> Iterator[None]:
+    """While things are read, checked and built, errors are about what was given: one line is enough."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("TRL_DGPO_DEBUG"):
+            raise
+        raise UsageError(str(error)) from error
+
+
+def _read_recipe(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path!r} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path!r} must hold flags, one `name: value` a line.")
+    return recipe
+
+
+def _check_model(model: ModelConfig) -> None:
+    """TRL's flags for language models that nothing here could act on, and LoRA's that would act on nothing."""
+    if model.model_name_or_path is None:
+        raise ValueError(
+            "There is no model. Give --model_name_or_path: 'tiny', an id on the Hub, a folder of a pipeline, or a "
+            "LoRA's folder or id, from which training goes on."
+        )
+    changed = {f.name for f in fields(model) if getattr(model, f.name) != f.default}
+    reasons = {
+        "dtype": "frozen weights are kept in the dtype they are used in: set `bf16`, `fp16` or neither",
+        "attn_implementation": "diffusers chooses the attention",
+        "lora_task_type": "a diffusion model has no such task",
+        "lora_target_parameters": "a LoRA in diffusers' format holds layers alone: set `lora_target_modules`",
+        "lora_modules_to_save": "a LoRA in diffusers' format holds nothing else",
+    }
+    for name, reason in reasons.items():
+        if name in changed:
+            raise ValueError(f"`{name}` is {getattr(model, name)!r}, which cannot act here: {reason}.")
+    idle = sorted(name for name in changed if name.startswith("lora_") or name in ("use_rslora", "use_dora"))
+    if idle and not model.use_peft:
+        raise ValueError(
+            f"{idle} are set without `use_peft`. Set it too; without it the LoRA is the trainer's own, of rank 64 and "
+            "alpha 128."
+        )
+
+
+def _peft_config(model: ModelConfig) -> LoraConfig | None:
+    from trl import get_peft_config
+
+    peft_config = get_peft_config(model)
+    if peft_config is not None:
+        peft_config.init_lora_weights = "gaussian"  # as the trainer's own
+        peft_config.task_type = None
+    return peft_config
+
+
+def _build(script: DGPOScriptArguments, args: DGPOConfig, model: ModelConfig, **kwargs) -> DGPOTrainer:
+    from trl import get_quantization_config
+
+    if script.trainer == "gpo":
+        from .trainer.gpo_trainer import GPOTrainer as trainer_class
+    else:
+        from .trainer.dgpo_trainer import DGPOTrainer as trainer_class
+    # TRL takes the quantised layers' arithmetic from `dtype`, which says nothing here.
+    model.dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    return trainer_class(
+        model=model.model_name_or_path, args=args, quantization_config=get_quantization_config(model), **kwargs
+    )
+
+
+def _build_still(
+    script: DGPOScriptArguments, args: DGPOConfig, model: ModelConfig, scratch: str, dataset: Any, rewards: Any
+) -> DGPOTrainer:
+    """A trainer that trains nothing: it loads the weights as training would and leaves the run's folder alone."""
+    args.output_dir, args.push_to_hub, args.report_to, args.num_log_images = scratch, False, [], 0
+    return _build(script, args, model, train_dataset=dataset, eval_dataset=dataset, reward_funcs=rewards)
+
+
+def _dataset(script: DGPOScriptArguments, split: str) -> Any:
+    """Prompts of the split "train" or "test", in the forms that `dataset_name` takes."""
+    from datasets import Dataset, load_dataset
+
+    held_out = split == "test"
+    if script.dataset_name is None and not (held_out and script.eval_dataset_name):
+        raise ValueError(
+            f"There are no prompts. Give --dataset_name: {' or '.join(map(repr, PROMPTS))}, a file "
+            f"({', '.join(FILES)}), or a data set's id on the Hub."
+        )
+    elsewhere = held_out and script.eval_dataset_name is not None
+    name = script.eval_dataset_name if elsewhere else script.dataset_name
+    number = script.num_eval_prompts if held_out else script.num_prompts
+    if name in PROMPTS:
+        from . import prompts
+
+        make = {"ocr": prompts.ocr_prompts, "tiny-ocr": prompts.tiny_ocr_prompts}[name]
+        return Dataset.from_list(make(split, number or (256 if held_out else 20_000)))
+    if Path(name).suffix in FILES:
+        if held_out and not elsewhere:
+            raise ValueError(
+                f"{name!r} has no held-out prompts. Give --eval_dataset_name another file, or train with "
+                "--eval_strategy no."
+            )
+        dataset = _read_file(Path(name))
+    else:
+        which = script.dataset_test_split if held_out else script.dataset_train_split
+        dataset = load_dataset(name, script.dataset_config, split=which, streaming=script.dataset_streaming)
+    if number is None:
+        return dataset
+    return dataset.take(number) if script.dataset_streaming else dataset.select(range(min(number, len(dataset))))
+
+
+def _read_file(path: Path) -> Any:
+    from datasets import Dataset
+
+    if not path.is_file():
+        raise ValueError(f"There is no file {str(path)!r}.")
+    if path.suffix == ".txt":
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        return Dataset.from_dict({"prompt": [line for line in lines if line]})
+    read = {".csv": Dataset.from_csv, ".parquet": Dataset.from_parquet}.get(path.suffix, Dataset.from_json)
+    return read(str(path))
+
+
+def _rewards(names: list[str] | None) -> list[Callable]:
+    if not names:
+        raise ValueError(
+            f"There is no reward. Give --reward_funcs a name ({', '.join(REWARDS)}), a function in a module "
+            "(package.module:function) or a function in a file (path/to/rewards.py:function)."
+        )
+    return [_reward(name) for name in names]
+
+
+def _reward(name: str) -> Callable:
+    if name in REWARDS:
+        from .rewards import OCRReward
+
+        return OCRReward(**REWARDS[name])
+    # TRL writes package.module.function
+    place, _, function = name.rpartition(":" if ":" in name else ".")
+    if not place:
+        raise ValueError(
+            f"There is no reward {name!r}. It must be one of {', '.join(REWARDS)}, package.module:function or "
+            "path/to/rewards.py:function."
+        )
+    module = _module(place)
+    if not hasattr(module, function):
+        raise ValueError(f"`reward_funcs` has {name!r}, but {place!r} has no {function!r}.")
+    return getattr(module, function)
+
+
+def _module(place: str) -> Any:
+    if not place.endswith(".py"):
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # an installed command does not look where it is called
+        return importlib.import_module(place)
+    path = Path(place)
+    if not path.is_file():
+        raise ValueError(f"There is no file {place!r} to take a reward from.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # where pickle looks for what the file defines
+    spec.loader.exec_module(module)
+    return module
+
+
+def _save_pictures(images: Tensor, prompts: list[str], folder: Path) -> None:
+    from PIL import Image
+
+    from .evaluation import image_grid
+
+    copies = len(images) // len(prompts)
+    for number, image in enumerate(images):
+        prompt, copy = divmod(number, copies)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{prompt:03d}-{copy}.png")
+    image_grid({str(copy): images[copy::copies] for copy in range(copies)}, prompts).save(folder / "grid.png")
+    print(f"{len(images)} pictures and grid.png are in {folder}.")
+
+
+def _no_reward(prompts: list[str], **kwargs) -> list[None]:
+    return [None] * len(prompts)
+
+
+def _checkpoint(args: DGPOConfig) -> str | bool | None:
+    """`--resume_from_checkpoint true`, `false` or a folder."""
+    given = args.resume_from_checkpoint
+    if given is None or str(given).lower() == "false":
+        return None
+    if str(given).lower() == "true":
+        if not any(Path(args.output_dir).glob("*checkpoint-*")):
+            raise ValueError(f"There is no checkpoint in {args.output_dir!r} to resume from.")
+        return True
+    if not Path(given).is_dir():
+        raise ValueError(
+            f"`resume_from_checkpoint` is {given!r}, which is no folder. Give a checkpoint's folder, or true for the "
+            "last one in `output_dir`."
+        )
+    return given
+
+
+def _writable(path: Path) -> Path:
+    """The path, with its folder made: found out before hours of work, not after."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _print_table(columns: dict[str, dict[str, float]]) -> None:
+    names = [
+        name
+        for name in next(iter(columns.values()))
+        if name.startswith("eval_") and not name.endswith(("_runtime", "_num_images", "_failed"))
+    ]
+    left = max(len(name) for name in names) + 2
+    width = max(10, *(len(label) + 2 for label in columns))
+    count = next(iter(columns.values())).get("eval_num_images")
+    print(f"\n{f'{count} held-out images':<{left}}" + "".join(f"{label:>{width}}" for label in columns))
+    for name in names:
+        cells = (metrics.get(name, float("nan")) for metrics in columns.values())
+        print(f"{name.removeprefix('eval_'):<{left}}" + "".join(f"{cell:>{width}.3f}" for cell in cells))
+
+
+_COMMANDS = {
+    "train": (train, "Train a model with a reward."),
+    "evaluate": (evaluate, "Measure a model on held-out prompts."),
+    "sample": (sample, "Draw pictures of prompts."),
+    "report": (report, "Write one HTML file that shows a run."),
+}

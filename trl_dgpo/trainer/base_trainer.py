@@ -1,0 +1,639 @@
+"""
+What every trainer of this package has in common: a diffusion model in the place of a language model.
+
+The model and its views, checkpoints, evaluation, pictures, logging and the Hub are here; what a round is and what is
+learned from it is the method's own trainer's.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import ProgressCallback, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl.trainer.base_config import _BaseConfig
+from trl.trainer.base_trainer import _BaseTrainer
+
+from .. import __version__
+from ..backbones import load_backbone
+from ..callbacks import (
+    CompletionsCallback,
+    RewardProgressCallback,
+    RunLogCallback,
+    SampleImagesCallback,
+    Trackers,
+)
+from ..checkpoints import aside, publish, publish_files, restore_replaced
+from ..ddpo_compat import DDPOFields, GRPOFields, PromptStream
+from ..evaluation import evaluation_latents, evaluation_metrics
+from ..policy import Adapter, Policy, lora_config, read_adapter, take_adapter
+from ..rewards.scoring import RewardFunc, RewardScorer, Scores
+from ..tiny import tiny_pipeline_path
+from .dgpo_config import DGPOConfig
+
+
+logger = logging.getLogger(__name__)
+
+_OWN_FIELDS = {field.name for field in dataclasses.fields(DGPOConfig)} - {
+    # Other libraries' names are spent by now, or copies of another field's value.
+    field.name
+    for base in (_BaseConfig, DDPOFields, GRPOFields)
+    for field in dataclasses.fields(base)
+}
+# What names this machine or this user, and what says nothing of the method.
+_NOT_OF_THE_METHOD = {"hub_token", "output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "project"}
+_VERSIONED = ("torch", "transformers", "diffusers", "trl", "peft", "accelerate", "datasets")
+
+Model = str | os.PathLike | DiffusionPipeline | PeftModel
+
+_BUNDLED = "tiny"
+REWARD_CONTEXT = ("trainer_state",)
+
+
+class DiffusionTrainer(_BaseTrainer):
+    r"""
+    Base of the trainers: Trainer around a diffusion pipeline's transformer.
+
+    Args:
+        model (`str`, `os.PathLike`, `~diffusers.DiffusionPipeline` or `~peft.PeftModel`):
+            See [`DGPOTrainer`].
+        args ([`DGPOConfig`]):
+            Configuration.
+        scorer ([`~trl_dgpo.rewards.scoring.RewardScorer`]):
+            Training rewards.
+        eval_reward_funcs (callable or `list` of callables, *optional*):
+            Evaluation rewards in place of those.
+        train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config, quantization_config:
+            See [`DGPOTrainer`].
+    """
+
+    # The loss is a mean over a micro-batch: Trainer divides it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+    _config_class = DGPOConfig
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        args: DGPOConfig,
+        scorer: RewardScorer,
+        eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        peft_config: LoraConfig | None = None,
+        quantization_config: Any = None,
+    ):
+        _check_arguments(model, args, peft_config, quantization_config)
+        if args.eval_on_start and eval_dataset is None:
+            args = copy.copy(args)  # the caller's may serve another trainer
+            args.eval_on_start = False
+        self.scorer = scorer
+        self.eval_scorer = scorer if eval_reward_funcs is None else RewardScorer(eval_reward_funcs)
+        for name, dataset in _named(eval_dataset).items():
+            self.eval_scorer.check(dataset_columns(name, dataset), REWARD_CONTEXT)
+        _check_best_metric(args, _named(eval_dataset))
+
+        set_seed(args.seed)  # before the adapter draws its start
+        start = self._load(model, args, quantization_config)
+        self._latent_shape = self.backbone.latent_shape(args.height, args.width)
+        peft_config = self._adapter_config(args, peft_config, start)
+        self.backbone.transformer._internal_dict = _ModelConfig(self.backbone.transformer.config)
+        shown = args.num_log_images > 0
+        views = (*(("ema",) if args.save_ema or eval_dataset is not None or shown else ()), *self._views(args))
+        self.policy = Policy(self.backbone.transformer, peft_config, views, start)
+        if peft_config is not None:  # PEFT has asked the transformer, which is only a part of the model
+            peft_config.base_model_name_or_path = self.base_model
+        # Trainer asks the model for this; diffusers has it under another name.
+        self.policy.model.activation_checkpointing_enable = lambda **_: self.backbone.enable_gradient_checkpointing()
+
+        self._metrics: dict[str, list[Tensor | float]] = defaultdict(list)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._staging: Path | None = None  # where a checkpoint is being written
+
+        super().__init__(
+            model=self.policy.model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.backbone.pipeline.to(self.args.device)
+        self.add_callback(_MoveAverages(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RewardProgressCallback)
+        self._add_pictures()
+        if 0 < args.max_steps < args.ema_every and "ema" in self.policy.views:
+            logger.warning(
+                "`max_steps` (%d) is below `ema_every` (%d): the `ema` weights, which are evaluated%s, will not "
+                "move. Lower `ema_every`.",
+                args.max_steps,
+                args.ema_every,
+                " and saved" if args.save_ema else "",
+            )
+
+    def _views(self, args: DGPOConfig) -> tuple[str, ...]:
+        """Views of the policy that the method uses, besides `ema`."""
+        raise NotImplementedError
+
+    def _add_pictures(self) -> None:
+        """The callbacks by which a run is looked at, while it goes on and afterwards."""
+        args = self.args
+        self.trackers = Trackers(self.callback_handler.callbacks, lambda: self.state.global_step)
+        self.add_callback(RunLogCallback(self.describe()))
+        if args.log_completions:
+            self.add_callback(CompletionsCallback(args.num_completions_to_print))
+        dataset, scorer = self.train_dataset, self.scorer
+        if evaluated := _named(self.eval_dataset):
+            dataset, scorer = next(iter(evaluated.values())), self.eval_scorer
+        rows = [] if isinstance(dataset, PromptStream) else list(islice(iter_rows(dataset), args.num_log_images))
+        if rows:
+            score = partial(self._score, scorer)
+            self.add_callback(SampleImagesCallback(self.generate, score, rows, self.trackers, args.log_images_steps))
+
+    def describe(self) -> dict[str, Any]:
+        """
+        What this run is, for `run.json`, the report and the model card.
+
+        Returns:
+            `dict` with `method`, `base_model`, `config` (every field of this package's, and those of
+            `TrainingArguments` that are not at their defaults, without tokens and folders), `rewards` and `versions`.
+        """
+        config = {
+            field.name: getattr(self.args, field.name)
+            for field in dataclasses.fields(self.args)
+            if field.name not in _NOT_OF_THE_METHOD
+            and (field.name in _OWN_FIELDS or getattr(self.args, field.name) != field.default)
+        }
+        return {
+            "method": self._name,
+            "base_model": self.base_model,
+            "config": config,
+            "rewards": self.scorer.names,
+            "versions": {"trl_dgpo": __version__, **{name: version(name) for name in _VERSIONED}},
+        }
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def _load(self, model: Model, args: DGPOConfig, quantization_config: Any) -> Adapter | None:
+        """Make `self.backbone`; return the LoRA that the model brings."""
+        init_kwargs = dict(args.model_init_kwargs or {})
+        revision = init_kwargs.pop("revision", None)
+        start = None
+        if isinstance(model, PeftModel):
+            init_kwargs["transformer"], start = take_adapter(model)
+        elif isinstance(model, DiffusionPipeline):
+            if hasattr(model, "transformer"):
+                model.transformer, start = take_adapter(model.transformer)
+        elif model != _BUNDLED and isinstance(model, (str, os.PathLike)):
+            start = read_adapter(model, revision)
+        if start is not None and not isinstance(model, DiffusionPipeline):
+            revision = revision if isinstance(model, PeftModel) else None  # it was the LoRA's
+            if start.base_model is None:
+                raise ValueError(
+                    f"The LoRA {model if isinstance(model, (str, os.PathLike)) else 'in `model`'} does not name the "
+                    "pipeline that it belongs to (`base_model_name_or_path`). Load that pipeline, give it the LoRA "
+                    "(`pipeline.load_lora_weights(...)`, or `pipeline.transformer = peft_model`), and pass it as "
+                    "`model`."
+                )
+            model = start.base_model
+        self.backbone = load_backbone(
+            tiny_pipeline_path() if model == _BUNDLED else model,
+            revision=revision,
+            dtype=None if isinstance(model, DiffusionPipeline) else _load_dtype(args),
+            init_kwargs=init_kwargs,
+            quantization_config=quantization_config,
+            sampler=args.sampler,
+            sigmas=args.sigmas,
+            max_sequence_length=args.max_sequence_length,
+            negative_prompt=args.negative_prompt,
+        )
+        # A folder of this installation would name nothing elsewhere.
+        name = _BUNDLED if model == _BUNDLED else self.backbone.pipeline.config.get("_name_or_path")
+        self.base_model = None if name is None else os.fspath(name)
+        return start
+
+    def _adapter_config(
+        self, args: DGPOConfig, peft_config: LoraConfig | None, start: Adapter | None
+    ) -> LoraConfig | None:
+        if start is not None:
+            given = {"`full_finetuning`": args.full_finetuning, "`peft_config`": peft_config is not None}
+            if conflict := [name for name, is_given in given.items() if is_given]:
+                raise ValueError(
+                    f"`model` brings a LoRA that training goes on from, with its own configuration, and {conflict[0]} "
+                    "asks for something else. Leave that out, or merge the LoRA into the weights first "
+                    "(`pipeline.fuse_lora()`, then `pipeline.unload_lora_weights()`)."
+                )
+            peft_config = copy.deepcopy(start.config)
+            peft_config.inference_mode = False
+        elif args.full_finetuning:
+            return None
+        else:
+            peft_config = copy.deepcopy(peft_config) or lora_config(self.backbone.LORA_TARGETS)
+            peft_config.target_modules = peft_config.target_modules or list(self.backbone.LORA_TARGETS)
+        peft_config.task_type = None  # TRL's own `get_peft_config` says CAUSAL_LM, which PEFT takes at its word
+        peft_config.base_model_name_or_path = None
+        return peft_config
+
+    def _sample(
+        self,
+        latents: Tensor,
+        prompts: list[str],
+        *,
+        batch_size: int,
+        num_steps: int,
+        guidance_scale: float,
+        step_noise: Callable[[slice, int], Tensor] | None = None,
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """
+        A sub-batch at a time: its rows, clean latents on the device and uint8 images on the CPU.
+
+        The view to sample from is entered around the loop over this, not here: a generator that is left by an
+        exception keeps what it has entered.
+        """
+        for start in range(0, len(latents), batch_size):
+            rows = slice(start, start + batch_size)
+            with torch.no_grad(), self.accelerator.autocast():
+                clean = self.backbone.sample(
+                    latents[rows].to(self.args.device),
+                    self.backbone.encode(prompts[rows]),
+                    num_steps=num_steps,
+                    guidance_scale=guidance_scale,
+                    step_noise=None if step_noise is None else lambda step, rows=rows: step_noise(rows, step),
+                )
+            with torch.no_grad():
+                images = self.backbone.decode(clean).cpu()
+            yield rows, clean.float(), images
+
+    def _score(self, scorer: RewardScorer, images: Tensor, rows: list[dict]) -> Scores:
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        return scorer(images, [row["prompt"] for row in rows], columns, trainer_state=self.state)
+
+    def _gather(self, values: Tensor) -> Tensor:
+        # One process keeps its float64, which not every device has.
+        return (
+            values.cpu() if self.args.world_size == 1 else self.accelerator.gather(values.to(self.args.device)).cpu()
+        )
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: list[str], *, view: str | None = "export", num_images: int = 1) -> Tensor:
+        """
+        Evaluation images of prompts: fixed noise, `eval_num_steps`, no process but this one.
+
+        Args:
+            prompts (`list[str]`):
+                The prompts.
+            view (`str`, *optional*, defaults to `"export"`):
+                Weights to sample from: `"export"` (what is evaluated: `ema`, or the policy in a run that keeps no
+                `ema`), `"base"`, `"ema"` or another view of the policy, or `None` for the policy.
+            num_images (`int`, *optional*, defaults to `1`):
+                Images of each prompt.
+
+        Returns:
+            `torch.Tensor` of shape `(len(prompts) * num_images, 3, H, W)`, uint8, on the CPU.
+
+        Raises:
+            `ValueError`: if there is no such view.
+        """
+        args, kept = self.args, self.policy.kept_views
+        if view == "export":
+            view = "ema" if "ema" in kept else None
+        if view is not None and view not in kept:
+            raise ValueError(f"`view` is {view!r}; this run has {kept}, and `None` for the policy itself.")
+        with nullcontext() if view is None else getattr(self.policy, view)():
+            sampled = self._sample(
+                evaluation_latents(prompts, num_images, self._latent_shape),
+                [prompt for prompt in prompts for _ in range(num_images)],
+                batch_size=args.per_device_eval_batch_size,
+                num_steps=args.eval_num_steps,
+                guidance_scale=args.eval_guidance_scale,
+            )
+            return torch.cat([images for *_, images in sampled])
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        Rewards and image statistics on held-out prompts, with the `ema` weights.
+
+        Args:
+            eval_dataset (data set or `dict` of them, *optional*):
+                The trainer's `eval_dataset` if not given.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                Prefix of the names.
+
+        Returns:
+            `dict[str, float]`, see [`~trl_dgpo.evaluation.evaluation_metrics`].
+        """
+        datasets = _named(self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix)
+        if not datasets:
+            raise ValueError("There is nothing to evaluate: give `eval_dataset` here or to the trainer.")
+        metrics = {}
+        for prefix, dataset in datasets.items():
+            dataset_columns(prefix, dataset)
+            metrics |= self._evaluate_one(dataset, prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluate_one(self, dataset: Any, prefix: str) -> dict[str, float]:
+        args, start = self.args, time.perf_counter()
+        rows = list(islice(iter_rows(dataset), args.process_index, None, args.world_size))
+        mine = []
+        if rows:
+            images = self.generate([row["prompt"] for row in rows], num_images=args.eval_num_images)
+            rows = [row for row in rows for _ in range(args.eval_num_images)]
+            mine = [(self._score(self.eval_scorer, images, rows), images)]
+        shards = gather_object(mine)
+        metrics = evaluation_metrics(
+            Scores.cat([scores for scores, _ in shards]), torch.cat([images for _, images in shards]), prefix
+        )
+        return metrics | {f"{prefix}_runtime": round(time.perf_counter() - start, 4)}
+
+    # -- logging ------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training log: the means since the last one, NaN dropped
+            for name, values in self._metrics.items():
+                mean = torch.tensor([float(value) for value in values], dtype=torch.float64).nanmean().item()
+                if mean == mean:
+                    logs[name] = mean
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = self._clock()
+        yield
+        self._seconds[name] += self._clock() - start
+
+    def _clock(self) -> float:
+        if self.args.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent: TRL's report reads a transformers configuration, which a diffusers model has not."""
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        Train from the start, or go on from a checkpoint.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint's folder, or `True` for the last in `output_dir`; `args.resume_from_checkpoint` if not
+                given. What follows is, to the bit on a CPU, what would have followed without the interruption, given
+                the same number of processes and rewards and prompts that keep no state of their own.
+            **kwargs:
+                As of [`~transformers.Trainer.train`].
+        """
+        # Nothing of an earlier call, which may have been interrupted anywhere, goes on.
+        self._forget()
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        if self.args.should_save:
+            restore_replaced(Path(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _forget(self) -> None:
+        self._metrics.clear()
+        self._seconds.clear()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Trainer writes into a folder aside, which gets its name when every process is done with it.
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run_dir / "_checkpoints"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # left by a kill
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(run_dir / name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))  # with that name
+            publish(staging / name, run_dir / name)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # A checkpoint holds what training goes on from: the live policy, and the views in folders of their names.
+        # Elsewhere stands what is used: the evaluated weights, as a PEFT adapter and as diffusers' LoRA file.
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        if directory.parent == self._staging:
+            directory.mkdir(parents=True)
+            self.policy.save(directory)
+            self._save_export(directory, None)
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            finished = aside(directory / "export")
+            view = "ema" if self.args.save_ema and "ema" in self.policy.views else None
+            self.policy.save_pretrained(finished if self.policy.peft_config else finished / "transformer", view)
+            self._save_export(finished, view)
+            publish_files(finished, directory)
+
+    def _save_export(self, directory: Path, view: str | None) -> None:
+        torch.save(self.args, directory / TRAINING_ARGS_NAME)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(directory)
+        if self.policy.peft_config is not None:
+            self.backbone.save_lora(directory, self.policy.lora_state_dict(view), self.policy.peft_config.to_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.policy.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best model from %s (%s).", self.state.best_model_checkpoint, self.state.best_metric)
+        self.policy.load(self.state.best_model_checkpoint)
+
+
+class _ModelConfig(FrozenDict):
+    """What Trainer's logging integrations ask of a model's configuration, which diffusers' own has not."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(dict(self), indent=2, default=str)
+
+
+class _MoveAverages(TrainerCallback):
+    """Moves the averaged weights after every optimiser step that was taken."""
+
+    def __init__(self, trainer: DiffusionTrainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        policy, step = self.trainer.policy, state.global_step
+        if self.trainer.accelerator.optimizer_step_was_skipped:
+            return
+        if "old" in policy.views:
+            policy.update_old(step)
+        if "ema" in policy.views and (step + 1) % args.ema_every == 0:
+            policy.update_ema(step)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of the context."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def dataset_columns(name: str, dataset: Any) -> set[str]:
+    """
+    Names of a data set's columns other than `prompt`.
+
+    Args:
+        name (`str`):
+            What the user calls the data set.
+        dataset:
+            Rows by index with a length, or a stream that can be begun anew.
+
+    Raises:
+        `TypeError`: if it is neither.
+        `ValueError`: if it is empty or its rows have no `prompt`.
+    """
+    if isinstance(dataset, dict):
+        raise TypeError(f"`{name}` is a dict of {sorted(dataset)}; give one of them, such as `dataset['train']`.")
+    if is_stream(dataset):
+        row = next(iter(dataset), None)
+    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        row = dataset[0] if len(dataset) else None
+    else:
+        raise TypeError(
+            f"`{name}` is {type(dataset).__name__}; it must have a length and rows by index, as `datasets.Dataset`, "
+            "or be a stream that can be begun anew, as `datasets.IterableDataset`."
+        )
+    if row is None:
+        raise ValueError(f"`{name}` is empty; it needs at least one row with a `prompt`.")
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        shape = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(
+            f"The rows of `{name}` ({shape}) need a column `prompt` of type `str`; rename the column that holds it."
+        )
+    return row.keys() - {"prompt"}
+
+
+def iter_rows(dataset: Any) -> Iterator[dict]:
+    """The rows of a data set, in its order."""
+    return iter(dataset) if is_stream(dataset) else (dataset[i] for i in range(len(dataset)))
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether a data set can only be read in order."""
+    # An iterator could be read but once, and a check would take its first row away.
+    is_iterator = isinstance(dataset, Iterator)
+    return isinstance(dataset, Iterable) and not hasattr(dataset, "__len__") and not is_iterator
+
+
+def _named(dataset: Any, name: str = "eval_dataset") -> dict[str, Any]:
+    if isinstance(dataset, dict):
+        return {f"{name}_{key}": value for key, value in dataset.items()}
+    return {} if dataset is None else {name: dataset}
+
+
+def _check_arguments(model: Any, args: DGPOConfig, peft_config: Any, quantization_config: Any) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process. Start one process a GPU (`accelerate launch`), or show it "
+            "one (`CUDA_VISIBLE_DEVICES=0`)."
+        )
+    if args.fsdp or args.deepspeed:
+        raise ValueError(
+            "FSDP and DeepSpeed are not supported: rollouts call the unwrapped transformer. A LoRA needs neither; "
+            "use plain `accelerate launch` or `torchrun`."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "`auto_find_batch_size` cannot divide groups; set `per_device_train_batch_size` and `sample_batch_size`."
+        )
+    if peft_config is not None and args.full_finetuning:
+        raise ValueError("`peft_config` is given and `full_finetuning` is set; choose one of them.")
+    if peft_config is not None and not isinstance(peft_config, LoraConfig):
+        raise TypeError(
+            f"`peft_config` is a {type(peft_config).__name__}; it must be a `LoraConfig`, which diffusers loads."
+        )
+    is_loaded = isinstance(model, (DiffusionPipeline, PeftModel))
+    if is_loaded and args.model_init_kwargs:
+        raise ValueError(
+            f"`model_init_kwargs` ({args.model_init_kwargs}) say how a model is loaded, but `model` is a "
+            f"{type(model).__name__}, which is loaded already. Load it with them, or give its name."
+        )
+    if quantization_config is not None and (is_loaded or args.full_finetuning):
+        why = "`full_finetuning` trains them" if args.full_finetuning else f"`model` is a {type(model).__name__}"
+        raise ValueError(
+            f"`quantization_config` quantises frozen weights while a named model is loaded, but {why}. Give a name, "
+            "and train a LoRA."
+        )
+    if quantization_config is not None and not torch.cuda.is_available():
+        raise ValueError(
+            "`quantization_config` needs a CUDA device: diffusers quantises nowhere else. Leave it out here."
+        )
+
+
+def _check_best_metric(args: DGPOConfig, eval_datasets: dict[str, Any]) -> None:
+    metric = args.metric_for_best_model
+    prefixes = [name.replace("eval_dataset", "eval", 1) for name in eval_datasets]
+    if metric is not None and eval_datasets:
+        full = metric if metric.startswith("eval_") else f"eval_{metric}"
+        if not any(full.startswith(prefix + "_") for prefix in prefixes) or full == "eval_loss":
+            raise ValueError(
+                f"`metric_for_best_model` is {metric!r}, which no evaluation has. Choose "
+                f"{' or '.join(f'`{prefix}_reward`' for prefix in prefixes)}, or another number of theirs."
+            )
+
+
+def _load_dtype(args: DGPOConfig) -> torch.dtype:
+    # Frozen weights are kept in the dtype that they are used in; trained ones in float32.
+    if args.full_finetuning:
+        return torch.float32
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
