@@ -59,7 +59,8 @@ class HubServer:
     A running Hub; a context manager.
 
     `repos` are the repositories by id, `requests` all (method, path) so far, and `bodies` all that was ever sent, file
-    contents decoded: where one looks for what must not leave the machine.
+    contents decoded: where one looks for what must not leave the machine. Who writes to a repository in `refused` is
+    told that this is not allowed.
     """
 
     def __init__(self):
@@ -67,7 +68,7 @@ class HubServer:
         self.large: dict[str, bytes] = {}  # by sha256
         self.requests: list[tuple[str, str]] = []
         self.bodies: list[bytes] = []
-        self.refuse_commits = False
+        self.refused: set[str] = set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
@@ -109,14 +110,11 @@ class HubServer:
             "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests), kept.get("PYTHONPATH", "")]),
         }
 
-    def run(self, script: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-        """Run a client script in `folder`; what it writes there is the result."""
+    def run(self, script: str | Path, folder: Path) -> subprocess.CompletedProcess:
+        """Run a client script in `folder`; what it writes there is its result."""
+        home = folder / "hf_home"
         done = subprocess.run(
-            [sys.executable, "-c", script, *arguments],
-            cwd=folder,
-            env=self.environment(folder / "hf_home"),
-            capture_output=True,
-            text=True,
+            [sys.executable, str(script)], cwd=folder, env=self.environment(home), capture_output=True, text=True
         )
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done
@@ -246,7 +244,7 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, repo, revision):
         if (commit := self._commit_of(repo, revision)) is None:
             return
-        if self.hub.refuse_commits:
+        if repo in self.hub.refused:
             return self._json(403, {"error": "You have no right to write here"})
         files, message = dict(commit.files), ""
         for line in self.body.splitlines():
@@ -260,7 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.large[value["oid"]]
             elif entry["key"] == "deletedFile":
-                del files[value["path"]]
+                del files[value["path"]]  # a file that is not there is an error
             else:
                 return self._json(400, {"error": f"{entry['key']}: this Hub does not know it"})
         oid = self.hub.repos[repo].commit(revision, message, files).oid

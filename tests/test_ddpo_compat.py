@@ -626,13 +626,13 @@ def test_the_light_pipeline_says_what_to_train(caplog):
     assert not args.full_finetuning
     plain = call(**{**DDPO_FORM, "sd_pipeline": DefaultDGPOStableDiffusionPipeline("tiny")}, config=args).args
     assert plain.model_init_kwargs == {"variant": "fp16"}
-    with pytest.raises(ValueError, match="`pretrained_model_revision` is 'v2', .* revision 'v1'"):
+    with pytest.raises(ValueError, match=r"`pretrained_model_revision` is 'v2', .* revision 'v1'"):
         call(**{**DDPO_FORM, "sd_pipeline": pipeline}, config=build(model_init_kwargs={"revision": "v1"}))
 
 
 def test_the_light_pipeline_has_nothing_loaded():
     pipeline = DefaultDGPOStableDiffusionPipeline("tiny")
-    with pytest.raises(AttributeError, match="no `unet`: .*`trainer.sd_pipeline`"):
+    with pytest.raises(AttributeError, match=r"no `unet`: .*`trainer.sd_pipeline`"):
         _ = pipeline.unet
     assert copy.deepcopy(pipeline).pretrained_model_name == "tiny"
 
@@ -715,7 +715,7 @@ def test_there_and_back_is_the_same():
     assert rewards[1].isnan()
     assert metadata == {"seen": [1, 2]}
     again = RewardScorer(from_ddpo(reward))
-    assert torch.equal(again(IMAGES, ["a", "b"], {"n": [1, 3]}).rewards, IMAGES[:, 0, 0, 0].double() / 255)
+    torch.testing.assert_close(again(IMAGES, ["a", "b"], {"n": [1, 3]}).rewards, IMAGES[:, 0, 0, 0].double() / 255)
     assert again.names == ["brightness"]
 
 

@@ -174,6 +174,13 @@ def test_other_numbers_are_drawn_below(tmp_path):
     assert [one["title"] for one in data["more"]] == ["ocr/exact"]
 
 
+def test_one_reward_alone_is_no_chart_of_its_own(tmp_path):
+    entry = {"rewards/ocr/mean": 0.5, "eval_rewards/ocr/mean": 0.4, "reward": 0.5, "eval_reward": 0.4, "step": 1}
+    (tmp_path / "log.jsonl").write_text(json.dumps(entry))
+    data = read(tmp_path).data
+    assert [one["title"] for one in data["charts"] + data["more"]] == ["Reward"]
+
+
 def test_several_rewards_and_evaluations_have_their_own_curves(tmp_path):
     entry = {"rewards/ocr/mean": 0.5, "rewards/pick/mean": 0.2, "eval_long_rewards/ocr/mean": 0.4, "step": 1}
     (tmp_path / "log.jsonl").write_text(json.dumps({**entry, "eval_long_reward": 0.4, "eval_short_reward": 0.6}))

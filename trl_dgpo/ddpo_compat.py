@@ -593,9 +593,9 @@ def _resolve_round(config: Any) -> None:
     """How many images a round has, from DDPO's two numbers."""
     batches = _spend(config, "sample_num_batches_per_epoch")
     generations = config.num_generations
-    if batches is None or generations < 2:  # which the configuration refuses itself
-        return
     size = 1 if config.sample_batch_size is None else config.sample_batch_size  # 1 is DDPO's default
+    if batches is None or generations < 2 or size < 1:  # of which the configuration itself refuses the last two
+        return
     images = size * batches
     said = f"`sample_batch_size` ({size}) x `sample_num_batches_per_epoch` ({batches}) are {images} images a process"
     default = _default(config, "num_generations")
@@ -632,7 +632,9 @@ def _resolve_updates(config: Any) -> None:
     said = f"`train_batch_size` ({size}) x `train_gradient_accumulation_steps` ({accumulation})"
     asked = max(1, groups * generations // (size * accumulation))
     updates = _largest_divisor(groups, asked)
-    whole = generations * _largest_divisor(groups // updates, max(1, size // generations))
+    whole = config.per_device_train_batch_size or generations
+    if batch is not None:
+        whole = generations * _largest_divisor(groups // updates, max(1, batch // generations))
     known = config.updates_per_round != _default(config, "updates_per_round")
     _assign(config, "updates_per_round", updates, f"{said} of {groups * generations} images a process")
     if batch is not None and config.per_device_train_batch_size != whole:

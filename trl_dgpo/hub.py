@@ -206,7 +206,8 @@ def upload(
         commit_message (`str`):
             Message of the commit.
         path_in_repo (`str`, *optional*):
-            Folder in the repository, its root if not given.
+            Folder in the repository, whose former contents are replaced. If not given, the repository's root, where
+            other files stay.
         token (`str`, *optional*):
             Token with the right to write, if not the one that is logged in.
         revision (`str`, *optional*):
@@ -258,7 +259,13 @@ def tracker_links() -> dict[str, str]:
 def _upload(folder: Path, repo_id: str, arguments: dict[str, Any]) -> CommitInfo:
     if (revision := arguments["revision"]) is not None:
         _API.create_branch(repo_id, branch=revision, token=arguments["token"], exist_ok=True)
-    return _API.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=list(IGNORE_PATTERNS), **arguments)
+    return _API.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        ignore_patterns=list(IGNORE_PATTERNS),
+        delete_patterns=None if arguments["path_in_repo"] is None else "*",
+        **arguments,
+    )
 
 
 def _snapshot(folder: Path, is_run: bool) -> Path:

@@ -196,11 +196,13 @@ _NO_CURVE = re.compile(
 def _charts(log: list[dict[str, Any]]) -> tuple[list[dict], list[dict]]:
     """The charts of the page's first rank, and the others."""
     names = {name: None for entry in log for name, value in entry.items() if _is_number(value)}
+    names = sorted(names, key=lambda name: name.startswith("eval_"))  # held-out prompts are drawn over rollouts
     charts = []
     for title, pattern, note in _CHARTS:
         matching = [name for name in names if re.fullmatch(pattern, name)]
-        # Alone, a reward is the sum of all.
-        if matching and not (title == "Each reward" and len({_label(title, name) for name in matching}) < 2):
+        if title == "Each reward" and len({name.split("rewards/")[1] for name in matching}) == 1:
+            continue  # alone, it is the sum of all
+        if matching:
             charts.append({"title": title, "note": note, "series": [_series(log, title, name) for name in matching]})
     known = [re.compile(pattern) for _, pattern, _ in _CHARTS] + [_NO_CURVE]
     others = [name for name in names if not any(pattern.fullmatch(name) for pattern in known)]
@@ -547,7 +549,7 @@ function chart(spec) {
     if (x !== null) legend.append(el("span", {}, "step ", el("b", { text: x })));
     spec.series.forEach((series, i) => {
       const point = x === null ? null : maps[i].get(x);
-      if (x === null ? spec.series.length === 1 && series.name === spec.title : !point) return;
+      if (x === null ? spec.series.length === 1 : !point) return;
       const item = el("span", {}, el("i", { style: `background: var(--s${i % 8})` }), series.name);
       if (point) item.append(" ", el("b", { text: short(point[1]) + (point[2] ? ` ± ${short(point[2])}` : "") }));
       legend.append(item);

@@ -783,7 +783,7 @@ def test_generate_says_which_views_there_are(tmp_path):
     assert torch.equal(trainer.generate(["a"]), trainer.generate(["a"], view=None))
     assert not torch.equal(trainer.generate(["a"]), trainer.generate(["a"], view="base"))
     with pytest.raises(ValueError, match=r"`view` is 'ema'; this run has \('base',\), and `None`"):
-        trainer.generate(["a"])
+        trainer.generate(["a"], view="ema")
     with pytest.raises(ValueError, match="nothing to evaluate"):
         trainer.evaluate()
 
