@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_random_pipeline
@@ -143,6 +144,23 @@ def test_a_lora_from_the_command_line_starts_as_the_trainers_own(recipe):
     assert (peft_config.r, peft_config.lora_alpha, peft_config.init_lora_weights) == (8, 4, "gaussian")
     assert peft_config.task_type is None
     assert cli._peft_config(parse(["--config", str(recipe)])[2]) is None
+
+
+def test_a_recipes_lora_can_be_turned_off(recipe):
+    recipe.write_text(recipe.read_text() + "\nuse_peft: true\nlora_r: 8")
+    assert cli._peft_config(parse(["--config", str(recipe)])[2]).r == 8
+    for off in (["--use_peft", "false"], ["--use-peft=false"]):
+        assert cli._peft_config(parse(["--config", str(recipe), *off])[2]) is None
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [(["--bf16", "true"], "bfloat16"), ([], "float32")])
+def test_quantisation_computes_in_the_dtype_of_training(recipe, monkeypatch, flags, dtype):
+    pytest.importorskip("bitsandbytes")
+    given = {}
+    monkeypatch.setattr("trl_dgpo.trainer.dgpo_trainer.DGPOTrainer", lambda **kwargs: given.update(kwargs))
+    cli._build(*parse(["--config", str(recipe), "--load_in_4bit", "true", *flags]))
+    assert given["quantization_config"].load_in_4bit
+    assert given["quantization_config"].bnb_4bit_compute_dtype is getattr(torch, dtype)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
@@ -328,6 +346,19 @@ def test_ctrl_c_saves_what_was_learned(recipe, capsys, tmp_path):
     assert main(["train", "--config", str(recipe), *flags]) == 130
     assert "Interrupted after 1 steps" in capsys.readouterr().out
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("dataset", "told"), [("user/prompts", "user/prompts"), ("tiny-ocr", None)])
+def test_the_result_is_pushed(recipe, monkeypatch, dataset, told):
+    from trl_dgpo import DGPOTrainer
+
+    pushed = []
+    monkeypatch.setattr(DGPOTrainer, "init_hf_repo", lambda self, *args: None)
+    monkeypatch.setattr(DGPOTrainer, "push_to_hub", lambda self, **kwargs: pushed.append(kwargs))
+    monkeypatch.setattr(cli, "_dataset", lambda script, split: Dataset.from_dict({"prompt": ["a"]}))
+    flags = ["--push_to_hub", "true", "--eval_strategy", "no", "--dataset_name", dataset]
+    assert main(["train", "--config", str(recipe), *flags]) == 0
+    assert pushed == [{"dataset_name": told}]
 
 
 def test_an_error_in_training_keeps_its_traceback(recipe, tmp_path):

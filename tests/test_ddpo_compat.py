@@ -33,7 +33,7 @@ from trl_dgpo.rollout import ScoredImages
 
 MIGRATION = (Path(__file__).parent.parent / "docs" / "migration.md").read_text()
 
-# Every name of `DDPOConfig` in TRL 0.22, a value as on its command line, and what that makes here.
+# Every name of `DDPOConfig` in TRL 0.23, a value as on its command line, and what that makes here.
 DDPO = {
     "exp_name": ("first", {"run_name": "first"}),
     "run_name": ("second", {"run_name": "second"}),
@@ -608,6 +608,10 @@ def test_trackers_are_told_where_to_go(config, variable, value, monkeypatch):
     monkeypatch.setattr(ddpo_compat.os, "environ", environment)
     call(**DDPO_FORM, config=build(**config))
     assert environment.get(variable) == value
+    call(
+        **DDPO_FORM, config=build(**{**config, "tracker_project_name": "next", "logdir": "next", "project_kwargs": {}})
+    )
+    assert environment.get(variable) in ("next", None)  # another trainer, another place
     environment[variable] = "the user's"
     call(**DDPO_FORM, config=build(**config))
     assert environment[variable] == "the user's"

@@ -168,10 +168,14 @@ def test_after_a_resume_the_last_entry_of_a_step_holds(tmp_path):
 
 
 def test_other_numbers_are_drawn_below(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "ocr/exact": 0.5, "reward": 1.0, "epoch": 1, "train_runtime": 3}')
+    other = {"ocr/exact": 0.5, "eval_ocr/exact": 0.4}
+    (tmp_path / "log.jsonl").write_text(
+        json.dumps({"step": 1, "reward": 1.0, "epoch": 1, "train_runtime": 3, **other})
+    )
     data = read(tmp_path).data
     assert [one["title"] for one in data["charts"]] == ["Reward"]
     assert [one["title"] for one in data["more"]] == ["ocr/exact"]
+    assert chart(data, "ocr/exact") == {"rollouts": [[1, 0.5, None]], "held-out prompts": [[1, 0.4, None]]}
 
 
 def test_one_reward_alone_is_no_chart_of_its_own(tmp_path):
@@ -328,3 +332,4 @@ def test_the_slider_and_the_browser_of_groups_move(whole_run, tmp_path):
     assert [tag for tag, _ in Reader(done.stdout).elements].count("img") == 2 * 2 + 4
     assert re.search(r'class="prompt">[^<]* 1</p>', done.stdout)
     assert "step <b>18</b>" in done.stdout  # under the pointer: the axis of 0 to 40 begins right of the chart's edge
+    assert "held-out prompts <b>0.45 \u00b1 0.02</b> (step 20)" in done.stdout

@@ -8,8 +8,11 @@ import os
 import shutil
 from pathlib import Path
 
+from transformers.trainer_utils import sort_checkpoints
+
 
 _REPLACED = "_replaced-"
+_REMOVED = "_removed-"
 
 
 def aside(directory: Path) -> Path:
@@ -44,11 +47,39 @@ def publish_files(finished: Path, target: Path) -> None:
     shutil.rmtree(finished)
 
 
+def rotate(directory: Path, limit: int | None, best: str | None = None) -> None:
+    """
+    Remove the oldest checkpoints above `save_total_limit`; never the newest, nor the best.
+
+    Args:
+        directory (`Path`):
+            The run's folder.
+        limit (`int`, *optional*):
+            How many to keep; all if `None` or below 1.
+        best (`str`, *optional*):
+            Folder of the best one.
+    """
+    if limit is None or limit < 1:
+        return
+    checkpoints = [Path(path) for path in sort_checkpoints(str(directory), use_mtime=True)]
+    protected = {checkpoints[-1], *([Path(best)] if best else [])}
+    surplus = max(0, len(checkpoints) - max(limit, len(protected)))
+    for path in [path for path in checkpoints if path not in protected][:surplus]:
+        path.rename(path.with_name(_REMOVED + path.name))
+    _remove_left_over(directory)
+
+
 def restore_replaced(directory: Path) -> None:
     """Take back what a kill in the middle of [`publish`] left without its name, and remove what it left over."""
+    _remove_left_over(directory)
     for replaced in directory.glob(_REPLACED + "*"):
         target = replaced.with_name(replaced.name.removeprefix(_REPLACED))
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             replaced.rename(target)
+
+
+def _remove_left_over(directory: Path) -> None:
+    for path in directory.glob(_REMOVED + "*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -228,11 +228,13 @@ def parse(
     else:
         from .trainer.dgpo_config import DGPOConfig as config_class
     parser = make_parser(config_class, script_class, command)
+    parser.set_defaults(disable_tqdm=False)  # unset, it follows the verbosity
     flags = [*flags, "--trainer", trainer, *(["--config", known.config] if known.config else [])]
     script, args, model, unknown = parser.parse_args_and_config(flags, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"There is no {' '.join(unknown)}: `trl-dgpo {command} --help` lists what there is.")
-    _check_model(model)
+    names = {word.split("=")[0].replace("-", "_") for word in flags} | {f"__{name}" for name in recipe}
+    _check_model(model, switched="__use_peft" in names)
     if model.model_revision != "main":
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": model.model_revision}
     return script, args, model
@@ -261,7 +263,7 @@ def train(argv: list[str]) -> int:
         return 130
     trainer.save_model()
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
+        trainer.push_to_hub(dataset_name=script.dataset_name if _is_on_hub(script.dataset_name) else None)
     if trainer.is_world_process_zero():
         evaluations = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
         if len(evaluations) > 1:
@@ -355,8 +357,11 @@ def _read_recipe(path: str) -> dict[str, Any]:
     return recipe
 
 
-def _check_model(model: ModelConfig) -> None:
-    """TRL's flags for language models that nothing here could act on, and LoRA's that would act on nothing."""
+def _check_model(model: ModelConfig, switched: bool) -> None:
+    """
+    TRL's flags for language models, which nothing here could act on, and LoRA's where nobody has said a word about
+    `use_peft` (`switched`); `--use_peft false` turns a recipe's off.
+    """
     if model.model_name_or_path is None:
         raise ValueError(
             "There is no model. Give --model_name_or_path: 'tiny', an id on the Hub, a folder of a pipeline, or a "
@@ -374,7 +379,7 @@ def _check_model(model: ModelConfig) -> None:
         if name in changed:
             raise ValueError(f"`{name}` is {getattr(model, name)!r}, which cannot act here: {reason}.")
     idle = sorted(name for name in changed if name.startswith("lora_") or name in ("use_rslora", "use_dora"))
-    if idle and not model.use_peft:
+    if idle and not model.use_peft and not switched:
         raise ValueError(
             f"{idle} are set without `use_peft`. Set it too; without it the LoRA is the trainer's own, of rank 64 and "
             "alpha 128."
@@ -444,6 +449,10 @@ def _dataset(script: DGPOScriptArguments, split: str) -> Any:
     if number is None:
         return dataset
     return dataset.take(number) if script.dataset_streaming else dataset.select(range(min(number, len(dataset))))
+
+
+def _is_on_hub(name: str) -> bool:
+    return name not in PROMPTS and Path(name).suffix not in FILES and not Path(name).exists()
 
 
 def _read_file(path: Path) -> Any:

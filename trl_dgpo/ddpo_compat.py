@@ -1,7 +1,7 @@
 """
 DDPO's names and forms onto ours.
 
-`DDPOTrainer` left TRL in release 0.23. Its users find their constructor, configuration, reward, prompt function and
+`DDPOTrainer` left TRL with release 0.24. Its users find their constructor, configuration, reward, prompt function and
 image hook here, and no other file knows of them. What GRPO's users bring and cannot be meant here is refused here too.
 `docs/migration.md` has it all in tables.
 """
@@ -376,7 +376,9 @@ def modern_call(
             hint = " Lists of rewards go to `reward_funcs`." * (name == "reward_function")
             raise TypeError(f"`{name}` is {value!r:.80}, a {type(value).__name__}; it must be callable.{hint}")
 
-    args = _with_project(copy.copy(args))  # the caller's may serve another trainer
+    if args.project_kwargs or args.logdir or prompt_function is not None or sd_pipeline is not None:
+        args = copy.copy(args)  # filled in below; the caller's may serve another trainer
+    args = _with_project(args)
     model = sd_pipeline if model is None else model
     if isinstance(model, DefaultDGPOStableDiffusionPipeline):
         args = _with_pipeline(args, model)
@@ -500,6 +502,61 @@ class ImageSamplesHook(TrainerCallback):
         """Hand a round to the hook."""
         if state.is_world_process_zero:
             self.hook(_in_reward_calls(scored), state.global_step, trackers)
+
+
+class DDPOTrainerNames:
+    """What DDPO's scripts read of their trainer and call on it: a mixin that stands before a `Trainer`."""
+
+    @property
+    def config(self) -> Any:
+        """`trainer.args`."""
+        return self.args
+
+    @property
+    def sd_pipeline(self) -> Any:
+        """The loaded diffusers pipeline."""
+        return self.backbone.pipeline
+
+    @property
+    def reward_fn(self) -> Callable:
+        """The reward as it was given, or the first of several."""
+        return getattr(self.scorer.funcs[0], "reward_function", self.scorer.funcs[0])
+
+    @property
+    def prompt_fn(self) -> DDPOPromptFunction | None:
+        """The prompt function, `None` where prompts come from a data set."""
+        return getattr(self.train_dataset, "prompt_function", None)
+
+    @property
+    def image_samples_callback(self) -> Callable | None:
+        """The image hook, if there is one."""
+        hooks = [call for call in self.callback_handler.callbacks if isinstance(call, ImageSamplesHook)]
+        return hooks[0].hook if hooks else None
+
+    def train(self, resume_from_checkpoint: Any = None, *args, epochs: int | None = None, **kwargs):
+        """
+        Train, as [`~transformers.Trainer.train`], or for so many of DDPO's epochs.
+
+        Args:
+            resume_from_checkpoint (`str`, `bool` or `int`, *optional*):
+                See [`~transformers.Trainer.train`]; a number is taken for `epochs`, DDPO's first argument.
+            epochs (`int`, *optional*):
+                Rounds to train, in place of `max_steps`.
+
+        Raises:
+            `ValueError`: if `epochs` is below 1.
+        """
+        if isinstance(resume_from_checkpoint, int) and not isinstance(resume_from_checkpoint, bool):
+            resume_from_checkpoint, epochs = None, resume_from_checkpoint
+        _check("epochs", epochs, lambda number: number >= 1, "at least 1")
+        if epochs is not None:
+            self.args = copy.copy(self.args)  # the caller's may serve another trainer
+            self.args.max_steps = epochs * self.args.steps_per_round
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Save what `save_model` saves."""
+        self.save_model(os.fspath(save_directory), _internal_call=True)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -814,10 +871,19 @@ def _with_project(args: Any) -> Any:
         args.save_total_limit = project.get("total_limit")
     folder = project.get("logging_dir") or logdir
     if "tensorboard" in args.report_to and folder:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", folder)
+        _export("TENSORBOARD_LOGGING_DIR", folder)
     if "wandb" in args.report_to and args.project != _default(args, "project"):
-        os.environ.setdefault("WANDB_PROJECT", args.project)
+        _export("WANDB_PROJECT", args.project)
     return args
+
+
+def _export(variable: str, value: str) -> None:
+    """Set an environment variable that the user has not set: the one way into these trackers' callbacks."""
+    if os.environ.get(variable) in (None, _exported.get(variable)):  # the latter is an earlier trainer's
+        os.environ[variable] = _exported[variable] = value
+
+
+_exported: dict[str, str] = {}
 
 
 _DEFAULT_OUTPUT_DIR = "trainer_output"  # of `TrainingArguments`, which fills it in itself

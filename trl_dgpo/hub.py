@@ -27,6 +27,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image, ImageDraw, ImageFont
 from transformers import TrainingArguments
+from yaml import YAMLError
 
 import trl_dgpo
 
@@ -391,7 +392,7 @@ def _with_metadata(text: str, ours: ModelCardData) -> str:
     """A foreign card with the metadata that it lacks, its text untouched."""
     try:
         card = ModelCard(text)
-    except ValueError:
+    except (ValueError, YAMLError):
         logger.warning("The metadata of README.md cannot be read, so the file is left as it is.")
         return text
     theirs = card.data.to_dict()
@@ -695,7 +696,7 @@ def _draw_curve(events: list[dict[str, float]], size: tuple[int, int] = (800, 42
         draw.line([(legend, 20 * scale), (legend + 24 * scale, 20 * scale)], colour, 3 * scale)
         draw.text((legend + 32 * scale, 20 * scale), name, _INK, font, anchor="lm")
         legend += 56 * scale + draw.textlength(name, font)
-    return image.resize(size, Image.Resampling.LANCZOS)
+    return image.reduce(scale)
 
 
 def _ticks(values: list[float]) -> list[float]:

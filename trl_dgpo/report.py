@@ -203,21 +203,30 @@ def _charts(log: list[dict[str, Any]]) -> tuple[list[dict], list[dict]]:
         if title == "Each reward" and len({name.split("rewards/")[1] for name in matching}) == 1:
             continue  # alone, it is the sum of all
         if matching:
-            charts.append({"title": title, "note": note, "series": [_series(log, title, name) for name in matching]})
+            charts.append(
+                {
+                    "title": title,
+                    "note": note,
+                    "series": [_series(log, name, _label(title, name)) for name in matching],
+                }
+            )
     known = [re.compile(pattern) for _, pattern, _ in _CHARTS] + [_NO_CURVE]
     others = [name for name in names if not any(pattern.fullmatch(name) for pattern in known)]
-    more = [{"title": name, "note": "", "series": [_series(log, name, name)]} for name in sorted(others)]
-    return charts, more
+    more: dict[str, list[dict]] = {}
+    for name in others:
+        label = "held-out prompts" if name.startswith("eval_") else "rollouts"
+        more.setdefault(name.removeprefix("eval_"), []).append(_series(log, name, label))
+    return charts, [{"title": title, "note": "", "series": more[title]} for title in sorted(more)]
 
 
-def _series(log: list[dict[str, Any]], title: str, name: str) -> dict[str, Any]:
+def _series(log: list[dict[str, Any]], name: str, label: str) -> dict[str, Any]:
     errors = f"{name}_stderr"
     points = [
         [entry["step"], _rounded(entry[name]), _rounded(entry.get(errors))]
         for entry in log
         if _is_number(entry.get(name))
     ]
-    return {"name": _label(title, name), "points": _evenly(points, POINTS)}
+    return {"name": label, "points": _evenly(points, POINTS)}
 
 
 def _label(title: str, name: str) -> str:
@@ -226,7 +235,7 @@ def _label(title: str, name: str) -> str:
         return "rollouts" if held_out is None else f"held-out prompts{f' ({held_out[1]})' if held_out[1] else ''}"
     if title == "Each reward":
         return ("held-out " if name.startswith("eval_") else "") + re.sub(r"(.*_)?rewards/(.+)/mean", r"\2", name)
-    if "/" in name and title != name:
+    if "/" in name:
         prefix = re.fullmatch(r"eval_(.+)_images/.+", name)
         return name.split("/", 1)[1] + (f" ({prefix[1]})" if prefix else "")
     return name
@@ -262,6 +271,8 @@ def _page(directory: Path, run: dict, log: list[dict], samples: dict, groups: di
                 '<code>eval_strategy="steps"</code>.'
             )
         )
+    if charts:
+        body.append('<p class="note">By optimiser steps; point at a curve to read its numbers.</p>')
     body.append('<div class="charts" id="charts"></div>')
     if more:
         body.append('<details><summary>More curves</summary><div class="charts" id="more"></div></details>')
@@ -334,10 +345,10 @@ def _tiles(log: list[dict]) -> str:
         notes = [f"{images:.0f} images"] if _is_number(images) else []
         notes += [f"standard error {error:.3f}"] if _is_number(error) else []
         title = f"Reward, {_escaped(_label('Reward', name))}"
-        tiles.append(_tile(title, _from_to(first[name], last[name]), ", ".join(notes)))
+        tiles.append(_tile(title, _from_to(first, last, name), ", ".join(notes)))
     if any(_is_number(entry.get("reward")) for entry in log):
         first, last = _ends(log, "reward")
-        tiles.append(_tile("Reward, rollouts", _from_to(first["reward"], last["reward"]), "first and last log"))
+        tiles.append(_tile("Reward, rollouts", _from_to(first, last, "reward"), "first and last log"))
     seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
     if seconds is not None:
         tiles.append(_tile("Time", _duration(seconds), "since training was last started"))
@@ -348,9 +359,13 @@ def _tile(title: str, content: str, note: str) -> str:
     return f'<div class="tile"><p>{title}</p><p class="big">{content}</p><p class="note">{note}</p></div>'
 
 
-def _from_to(first: float, last: float) -> str:
-    change = f'<span class="change {"up" if last >= first else "down"}">{last - first:+.3f}</span>'
-    return f'<span class="from">{first:.3f}</span> &rarr; {last:.3f} {change}'
+def _from_to(first: dict, last: dict, name: str) -> str:
+    if first is last:
+        return f"{last[name]:.3f}"
+    change = last[name] - first[name]
+    way = "up" if change > 0 else "down" if change < 0 else ""
+    before = f'<span class="from">{first[name]:.3f}</span>'
+    return f'{before} &rarr; {last[name]:.3f} <span class="change {way}">{change:+.3f}</span>'
 
 
 def _before_after(log: list[dict]) -> str:
@@ -435,7 +450,7 @@ code { font-size: .92em } .note { color: var(--soft); font-size: 13px; margin: 0
 .tile, .chart, .card, .shot { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
 .tile { padding: 12px 18px; min-width: 210px } .tile p { margin: 0 }
 .big { font-size: 25px; font-weight: 600; font-variant-numeric: tabular-nums } .from { color: var(--soft) }
-.change { font-size: 15px; margin-left: 6px } .up { color: var(--up) } .down { color: var(--down) }
+.change { font-size: .8em; margin-left: 6px } .up { color: var(--up) } .down { color: var(--down) }
 details { margin: 14px 0 } summary { cursor: pointer; color: var(--soft) }
 table { border-collapse: collapse; margin: 8px 0; font-size: 14px; font-variant-numeric: tabular-nums }
 th { text-align: left; font-weight: 500 } td { text-align: right } tr:first-child th { color: var(--soft) }
@@ -455,8 +470,8 @@ th, td { padding: 3px 18px 3px 0; border-bottom: 1px solid var(--line) }
 .bar output { font-weight: 600; font-variant-numeric: tabular-nums; min-width: 8.5em }
 button, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; padding: 4px 12px; cursor: pointer; max-width: 100% }
-.shots { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 12px }
-.shots.pair { grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)) }
+.shots { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 12px }
+.shots.pair { grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)) }
 .shot { margin: 0; padding: 8px; min-width: 0 } .pictures { display: flex; gap: 6px }
 .pictures img { flex: 1; width: 100%; min-width: 0; border-radius: 5px; display: block }
 .small img { image-rendering: pixelated } figcaption { margin-top: 6px; font-size: 13px }
@@ -520,7 +535,7 @@ function chart(spec) {
   const Y = (y) => H - bottom - ((y - y0) / (y1 - y0)) * (H - top - bottom);
   const names = spec.series.map((s) => s.name).join(", ");
   const plot = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${spec.title}: ${names}` });
-  for (const y of ticks(y0, y1, 4)) {
+  for (const y of ticks(y0, y1, 5)) {
     plot.append(svg("line", { x1: left, x2: W - right, y1: Y(y), y2: Y(y), class: "grid" }));
     plot.append(svg("text", { x: left - 6, y: Y(y) + 4, "text-anchor": "end" }, short(y)));
   }
@@ -543,23 +558,24 @@ function chart(spec) {
   plot.append(cursor, ...dots);
 
   const legend = el("div", { class: "legend" });
-  const maps = spec.series.map((s) => new Map(s.points.map((p) => [p[0], p])));
+  const nearest = (points, x) => points.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a));
   function label(x) {
     legend.replaceChildren();
     if (x !== null) legend.append(el("span", {}, "step ", el("b", { text: x })));
-    spec.series.forEach((series, i) => {
-      const point = x === null ? null : maps[i].get(x);
-      if (x === null ? spec.series.length === 1 : !point) return;
-      const item = el("span", {}, el("i", { style: `background: var(--s${i % 8})` }), series.name);
-      if (point) item.append(" ", el("b", { text: short(point[1]) + (point[2] ? ` ± ${short(point[2])}` : "") }));
-      legend.append(item);
-    });
     cursor.setAttribute("visibility", x === null ? "hidden" : "visible");
     if (x !== null) { cursor.setAttribute("x1", X(x)); cursor.setAttribute("x2", X(x)); }
-    dots.forEach((dot, i) => {
-      const point = x === null ? null : maps[i].get(x);
-      dot.setAttribute("visibility", point ? "visible" : "hidden");
-      if (point) { dot.setAttribute("cx", X(x)); dot.setAttribute("cy", Y(point[1])); }
+    spec.series.forEach((series, i) => {
+      dots[i].setAttribute("visibility", x === null ? "hidden" : "visible");
+      if (x === null && spec.series.length === 1) return;
+      const item = el("span", {}, el("i", { style: `background: var(--s${i % 8})` }), series.name);
+      if (x !== null) {
+        const [at, value, error] = nearest(series.points, x);
+        item.append(" ", el("b", { text: short(value) + (error ? ` \u00b1 ${short(error)}` : "") }));
+        if (at !== x) item.append(` (step ${at})`);
+        dots[i].setAttribute("cx", X(at));
+        dots[i].setAttribute("cy", Y(value));
+      }
+      legend.append(item);
     });
   }
   plot.addEventListener("pointermove", (event) => {
@@ -603,7 +619,8 @@ function samples(section, part) {
       const reward = el("p", { class: "number", text: shown(image.reward) });
       if (index && same && image.reward !== null && before.reward !== null) {
         const change = image.reward - before.reward;
-        reward.append(el("span", { class: `change ${change < 0 ? "down" : "up"}`, text: signed(change, 3) }));
+        const way = change < 0 ? "down" : change > 0 ? "up" : "";
+        reward.append(el("span", { class: `change ${way}`, text: signed(change, 3) }));
       }
       const words = el("p", { class: "words", text: image.prompt });
       return el("figure", { class: "shot" }, pictures, el("figcaption", {}, reward, words));

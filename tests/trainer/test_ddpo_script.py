@@ -58,16 +58,16 @@ def test_a_ddpo_script_trains(run_script, tmp_path):
     (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
     assert folder.is_relative_to(tmp_path / "logs")
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
-    steps = {event.step for tag in events.Tags()["images"] if " | " in tag for event in events.Images(tag)}
-    assert steps == {0, 1}
-    assert any(f"0: {animal} | " in tag for tag in events.Tags()["images"] for animal in ("ant", "bear", "crab"))
+    tags = [tag for tag in events.Tags()["images"] if " | " in tag]
+    assert {event.step for tag in tags for event in events.Images(tag)} == {0, 1}
+    assert {tag.split()[1] for tag in tags} <= {"ant", "bear", "crab", "dove", "eel"}
 
     def picture(pipeline):
         pipeline.set_progress_bar_config(disable=True)
         noise = torch.Generator().manual_seed(0)
         return pipeline("crab", height=32, width=32, num_inference_steps=2, generator=noise, output_type="pt").images
 
-    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "model")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "model", text_encoder_3=None, tokenizer_3=None)
     before = picture(pipeline)
     pipeline.load_lora_weights(tmp_path / "trainer_output")  # the script's `training_args.output_dir`
     assert not torch.equal(picture(pipeline), before)

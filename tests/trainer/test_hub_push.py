@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import TOKEN, HubServer
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load, load_file, save_file
 from tiny_models import tiny_random_pipeline
 from tiny_trainers import prompt_dataset, tiny_trainer
@@ -40,6 +40,11 @@ def client() -> None:
     errors = _Errors()
     logging.getLogger("trl_dgpo").addHandler(errors)
     results = {"every_save": _every_save(), "loaded": _loaded(), "trained_on": _trained_on()}
+    api = HfApi()
+    api.create_repo("someone/checkpoint")
+    stale = {"path_or_fileobj": b"of an earlier run", "repo_id": "someone/checkpoint"}
+    api.upload_file(path_in_repo="last-checkpoint/stale.pt", **stale)
+    api.upload_file(path_in_repo="notes.txt", **stale)
     for strategy in ("checkpoint", "all_checkpoints", "end"):
         trainer = _trainer(strategy, max_steps=2, hub_strategy=strategy, hub_always_push=True, hub_private_repo=None)
         trainer.train()
@@ -287,7 +292,8 @@ def test_the_last_checkpoint_or_all_of_them(hub):
         for name in names:
             assert {f"{name}/{file}" for file in ("optimizer.pt", "adapter_model.safetensors")} <= files.keys()
             assert f"{name}/ema/adapter_model.safetensors" in files
-    assert not [path for path in (*last, *every) if path.endswith("training_args.bin")]
+    assert not [path for path in (*last, *every) if path.endswith(("training_args.bin", "stale.pt"))]
+    assert "notes.txt" in last
     checkpoint = load(every["checkpoint-2/ema/adapter_model.safetensors"])
     assert same(checkpoint, load(every["adapter_model.safetensors"]))
 

@@ -31,7 +31,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -44,7 +44,7 @@ from ..callbacks import (
     SampleImagesCallback,
     Trackers,
 )
-from ..checkpoints import aside, publish, publish_files, restore_replaced
+from ..checkpoints import aside, publish, publish_files, restore_replaced, rotate
 from ..ddpo_compat import DDPOFields, GRPOFields, PromptStream
 from ..evaluation import evaluation_latents, evaluation_metrics
 from ..policy import Adapter, Policy, lora_config, read_adapter, take_adapter
@@ -450,12 +450,7 @@ class DiffusionTrainer(_BaseTrainer):
         if self.args.should_save:
             self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))  # with that name
             publish(staging / name, run_dir / name)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

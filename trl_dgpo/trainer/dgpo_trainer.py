@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from ..advantages import group_advantages, zero_variance
-from ..ddpo_compat import modern_call
+from ..ddpo_compat import DDPOTrainerNames, modern_call
 from ..evaluation import nanstd
 from ..losses import GroupLoss, clip_errors, denoising_error, dgpo_loss, group_mean
 from ..noising import continuous_levels, trainable_levels
@@ -43,7 +44,7 @@ from .dgpo_config import DGPOConfig
 logger = logging.getLogger(__name__)
 
 
-class DGPOTrainer(DiffusionTrainer):
+class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     r"""
     Trainer for Direct Group Preference Optimization (DGPO) of text-to-image diffusion models, introduced in
     [Reinforcing Diffusion Models by Direct Group Preference Optimization](https://huggingface.co/papers/2510.08425).
@@ -489,7 +490,9 @@ class DGPOTrainer(DiffusionTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = self._buffer_file(resume_from_checkpoint)
         if path.is_file():
-            self.buffer.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
+            # Not onto the device at once: `torch.load` knows no "cpu:0", which one of two processes has.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.buffer.load_state_dict(send_to_device(state, self.args.device))
         # A stream is read on to where it stood. Trainer restores the global random state after this, so that a prompt
         # function which draws from it goes on as well as one that counts.
         step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
