@@ -116,7 +116,7 @@ class HubServer:
         done = subprocess.run(
             [sys.executable, str(script)], cwd=folder, env=self.environment(home), capture_output=True, text=True
         )
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, done.stderr[-3000:]
         return done
 
 

@@ -294,8 +294,8 @@ def sampling(drawer, sent=None, every=None):
     return SampleImagesCallback(drawer.generate, drawer.score, rows, sent or trackers(), every)
 
 
-def train(callback, args, begin_at=0, steps=6, evaluate=(), stop=None):
-    """The order in which Trainer calls."""
+def train(callback, args, begin_at=0, steps=6, evaluate=(), stop=None, tracker=None):
+    """The order in which Trainer calls: trackers come first, and close at the end of training."""
     now, control = state(begin_at), TrainerControl()
     callback.on_train_begin(args, now, control)
     while now.global_step < steps:
@@ -306,6 +306,8 @@ def train(callback, args, begin_at=0, steps=6, evaluate=(), stop=None):
             callback.on_evaluate(args, now, control)
         if now.global_step == stop:
             break
+    if tracker is not None:
+        tracker.run = None
     callback.on_train_end(args, now, control)
 
 
@@ -340,7 +342,7 @@ def test_an_evaluation_outside_of_training_draws_nothing(args):
 
 def test_what_a_drawing_leaves(args, tmp_path):
     wandb = Wandb()
-    train(sampling(Drawer(), trackers(wandb_callback(wandb))), args)
+    train(sampling(Drawer(), trackers(wandb_callback(wandb))), args, tracker=wandb)
     folder = tmp_path / "run" / "samples" / "step-000006"
     assert sorted(path.name for path in folder.iterdir()) == ["00.png", "01.png", "02.png", "samples.json"]
     with Image.open(folder / "01.png") as picture:

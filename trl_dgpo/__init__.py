@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "DGPOConfig": ".trainer.dgpo_config",
     "DGPOTrainer": ".trainer.dgpo_trainer",
+    "DefaultDGPOStableDiffusionPipeline": ".ddpo_compat",
     "GPOConfig": ".trainer.gpo_config",
     "GPOTrainer": ".trainer.gpo_trainer",
     "GroupRolloutBuffer": ".rollout",

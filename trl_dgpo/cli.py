@@ -261,9 +261,10 @@ def train(argv: list[str]) -> int:
         trainer.save_model()
         print(f"\nInterrupted after {trainer.state.global_step} steps; what was learned is in {args.output_dir}.")
         return 130
-    trainer.save_model()
-    if args.push_to_hub:
+    if args.push_to_hub:  # which saves first
         trainer.push_to_hub(dataset_name=script.dataset_name if _is_on_hub(script.dataset_name) else None)
+    else:
+        trainer.save_model()
     if trainer.is_world_process_zero():
         evaluations = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
         if len(evaluations) > 1:

@@ -376,11 +376,12 @@ def modern_call(
             hint = " Lists of rewards go to `reward_funcs`." * (name == "reward_function")
             raise TypeError(f"`{name}` is {value!r:.80}, a {type(value).__name__}; it must be callable.{hint}")
 
-    if args.project_kwargs or args.logdir or prompt_function is not None or sd_pipeline is not None:
+    model = sd_pipeline if model is None else model
+    described = isinstance(model, DefaultDGPOStableDiffusionPipeline)
+    if described or args.project_kwargs or args.logdir or prompt_function is not None:
         args = copy.copy(args)  # filled in below; the caller's may serve another trainer
     args = _with_project(args)
-    model = sd_pipeline if model is None else model
-    if isinstance(model, DefaultDGPOStableDiffusionPipeline):
+    if described:
         args = _with_pipeline(args, model)
         model = model.pretrained_model_name
     if prompt_function is not None:

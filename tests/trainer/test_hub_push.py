@@ -177,17 +177,23 @@ class _Errors(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def hub():
+def server():
     with HubServer() as server:
         server.refused.add("someone/refused")
         yield server
 
 
 @pytest.fixture(scope="module")
-def folder(hub, tmp_path_factory):
+def folder(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("client")
-    hub.run(__file__, folder)
+    server.run(__file__, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def hub(server, folder):
+    """The server after all that the client did."""
+    return server
 
 
 @pytest.fixture(scope="module")

@@ -450,6 +450,7 @@ class DiffusionTrainer(_BaseTrainer):
         if self.args.should_save:
             self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))  # with that name
             publish(staging / name, run_dir / name)
+            staging.rmdir()
             rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
