@@ -153,6 +153,12 @@ def test_a_recipes_lora_can_be_turned_off(recipe):
         assert cli._peft_config(parse(["--config", str(recipe), *off])[2]) is None
 
 
+def test_a_lora_is_not_put_upon_a_lora(recipe, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    flags = ["--use_peft", "true", "--model_name_or_path", tmp_path]
+    assert "is a LoRA, from which training goes on" in error(capsys, "train", "--config", recipe, *flags)
+
+
 @pytest.mark.parametrize(("flags", "dtype"), [(["--bf16", "true"], "bfloat16"), ([], "float32")])
 def test_quantisation_computes_in_the_dtype_of_training(recipe, monkeypatch, flags, dtype):
     pytest.importorskip("bitsandbytes")
@@ -323,6 +329,12 @@ def test_train_then_evaluate_then_sample(recipe, capsys, tmp_path):
     assert (pictures / "000-0.png").read_bytes() != (pictures / "000-1.png").read_bytes()
 
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before, "the run's folder was written to"
+
+    # Training goes on from it, too.
+    flags = ["--model_name_or_path", str(run), "--output_dir", str(tmp_path / "on")]
+    assert main(["train", "--config", str(recipe), *flags]) == 0
+    logged = [json.loads(line) for line in (tmp_path / "on" / "log.jsonl").read_text().splitlines()]
+    assert next(entry["eval_reward"] for entry in logged) == pytest.approx(scores["after"], abs=1e-6)
 
 
 def test_training_goes_on(recipe, tmp_path):

@@ -390,6 +390,11 @@ def _check_model(model: ModelConfig, switched: bool) -> None:
 def _peft_config(model: ModelConfig) -> LoraConfig | None:
     from trl import get_peft_config
 
+    if model.use_peft and (Path(model.model_name_or_path) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{model.model_name_or_path!r} is a LoRA, from which training goes on as it is, and `use_peft` asks for a "
+            "new one. Give --use_peft false."
+        )
     peft_config = get_peft_config(model)
     if peft_config is not None:
         peft_config.init_lora_weights = "gaussian"  # as the trainer's own
