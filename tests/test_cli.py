@@ -311,7 +311,8 @@ def test_train_then_evaluate_then_sample(recipe, capsys, tmp_path):
     scores = {}
     for name, model in {"after": ["--model_name_or_path", str(run)], "before": []}.items():
         output = tmp_path / "numbers" / f"{name}.json"
-        assert main(["evaluate", "--config", str(recipe), *model, "--output", str(output)]) == 0
+        flags = [*model, "--output", str(output), "--output_dir", str(tmp_path / "none")]
+        assert main(["evaluate", "--config", str(recipe), *flags]) == 0
         scores[name] = json.loads(output.read_text())["eval_reward"]
         assert f"{scores[name]:.3f}" in capsys.readouterr().out
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -329,6 +330,7 @@ def test_train_then_evaluate_then_sample(recipe, capsys, tmp_path):
     assert (pictures / "000-0.png").read_bytes() != (pictures / "000-1.png").read_bytes()
 
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before, "the run's folder was written to"
+    assert not (tmp_path / "none").exists()
 
     # Training goes on from it, too.
     flags = ["--model_name_or_path", str(run), "--output_dir", str(tmp_path / "on")]

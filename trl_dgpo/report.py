@@ -21,7 +21,7 @@ from PIL import Image
 
 SAMPLE_STEPS = 24  # steps of fixed prompts on the page, at most
 GROUP_STEPS = 12  # rounds in the browser of groups, at most
-GROUP_IMAGES = 1200  # and images in it, at most
+GROUP_IMAGES = 900  # and images in it, at most
 POINTS = 1000  # of a curve, at most
 PICTURE = 320  # pixels of the longer side of a fixed prompt's image, at most
 

@@ -126,6 +126,19 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Deal the prompts in a new order each epoch.
 
+        learning_rate (`float`, *optional*, defaults to `3e-4`):
+            Peak learning rate.
+        weight_decay (`float`, *optional*, defaults to `1e-4`):
+            Weight decay of AdamW.
+        lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Learning rate schedule.
+        logging_steps (`float`, *optional*, defaults to `1`):
+            Optimiser steps between two logs. A step is hundreds of images, so 1.
+        ddp_find_unused_parameters (`bool`, *optional*, defaults to `False`):
+            Every trained weight has a part in every backward, so there is nothing to find.
+        remove_unused_columns (`bool`, *optional*, defaults to `False`):
+            Columns of the data set are handed to the rewards, so all are kept.
+
         > Parameters that control evaluation
 
         eval_num_steps (`int`, *optional*, defaults to `40`):
