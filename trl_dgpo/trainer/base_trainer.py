@@ -31,7 +31,8 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -47,6 +48,14 @@ from ..callbacks import (
 from ..checkpoints import aside, publish, publish_files, restore_replaced, rotate
 from ..ddpo_compat import DDPOFields, GRPOFields, PromptStream
 from ..evaluation import evaluation_latents, evaluation_metrics
+from ..hub import (
+    RunDescription,
+    is_repo_id,
+    remove_snapshots,
+    tracker_links,
+    upload,
+    write_model_card,
+)
 from ..policy import Adapter, Policy, lora_config, read_adapter, take_adapter
 from ..rewards.scoring import RewardFunc, RewardScorer, Scores
 from ..tiny import tiny_pipeline_path
@@ -421,6 +430,7 @@ class DiffusionTrainer(_BaseTrainer):
             resume_from_checkpoint = self.args.resume_from_checkpoint
         if self.args.should_save:
             restore_replaced(Path(self.args.output_dir))
+            remove_snapshots(self.args.output_dir)
         self.accelerator.wait_for_everyone()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -452,6 +462,8 @@ class DiffusionTrainer(_BaseTrainer):
             publish(staging / name, run_dir / name)
             staging.rmdir()
             rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(run_dir / name))
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -470,6 +482,7 @@ class DiffusionTrainer(_BaseTrainer):
             view = "ema" if self.args.save_ema and "ema" in self.policy.views else None
             self.policy.save_pretrained(finished if self.policy.peft_config else finished / "transformer", view)
             self._save_export(finished, view)
+            self.backbone.scheduler.save_pretrained(finished / "scheduler")  # the sampler of the evaluations
             publish_files(finished, directory)
 
     def _save_export(self, directory: Path, view: str | None) -> None:
@@ -485,6 +498,136 @@ class DiffusionTrainer(_BaseTrainer):
     def _load_best_model(self) -> None:
         logger.info("Loading the best model from %s (%s).", self.state.best_model_checkpoint, self.state.best_metric)
         self.policy.load(self.state.best_model_checkpoint)
+
+    # -- the Hub ------------------------------------------------------------------------------------------------------
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        """
+        Write the model card of `output_dir`, with the reward curve and a gallery.
+
+        Args:
+            model_name (`str`, *optional*):
+                Title; the repository's or the folder's name if not given.
+            dataset_name (`str`, *optional*):
+                Hub id of the prompts.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+            license (`str`, *optional*):
+                Licence of the trained weights.
+        """
+        if not self.is_world_process_zero():
+            return
+        tags = [tags] if isinstance(tags, str) else tags or []
+        run = RunDescription(
+            method=self._name,
+            paper=self._paper,
+            config=self.args,
+            method_fields=tuple(sorted(_OWN_FIELDS)),
+            base_model=self.base_model,
+            pipeline_class=type(self.backbone.pipeline).__name__,
+            reward_names=tuple(self.scorer.names),
+            hub_model_id=self.hub_model_id,
+            model_name=model_name,
+            dataset_name=dataset_name,
+            license=license,
+            tags=(*self._tag_names, *tags),
+            links=tracker_links(),
+        )
+        write_model_card(self.args.output_dir, run)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        repo_id: str | None = None,
+        **kwargs,
+    ):
+        """
+        Save, write the model card and upload both to the Hub.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Message of the commit. A text of the form `user/repo` is taken for `repo_id`.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to wait for the upload.
+            token (`str`, *optional*):
+                Token in place of `args.hub_token`.
+            revision (`str`, *optional*):
+                Branch in place of `args.hub_revision`.
+            private (`bool`, *optional*):
+                Whether a new repository is private, in place of `args.hub_private_repo`.
+            repo_id (`str`, *optional*):
+                Repository in place of `args.hub_model_id`.
+            **kwargs:
+                As of [`~DiffusionTrainer.create_model_card`].
+
+        Returns:
+            `~huggingface_hub.CommitInfo`, or a future of it if not `blocking`; `None` on other processes than the main
+            one.
+        """
+        if repo_id is None and is_repo_id(commit_message or ""):
+            commit_message, repo_id = "End of training", commit_message
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if repo_id is not None:
+            self.args = copy.copy(self.args)  # the caller's may serve another trainer
+            self.args.hub_model_id = repo_id
+        if self.hub_model_id is None or repo_id is not None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return upload(
+            self.args.output_dir,
+            self.hub_model_id,
+            commit_message=commit_message,
+            token=token,
+            revision=self.args.hub_revision if revision is None else revision,
+            blocking=blocking,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer calls this while the checkpoint is being written; `_save_checkpoint` does when it has its name.
+        strategy = self.args.hub_strategy
+        if self._staging is not None or not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if is_busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._save(self.args.output_dir)
+        self.create_model_card()
+        if self.args.save_strategy == SaveStrategy.EPOCH:
+            message = f"Training in progress, epoch {int(self.state.epoch)}"
+        else:
+            message = f"Training in progress, step {self.state.global_step}"
+        send = partial(
+            upload,
+            repo_id=self.hub_model_id,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            blocking=False,
+        )
+        jobs = [send(self.args.output_dir, commit_message=message)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+            jobs.append(send(checkpoint_folder, commit_message=f"{message}, checkpoint", path_in_repo=place))
+        if is_busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
 
 
 class _ModelConfig(FrozenDict):
