@@ -17,7 +17,7 @@ from trl_dgpo import DefaultDGPOStableDiffusionPipeline, DGPOConfig, DGPOTrainer
 class ScriptArguments:
     pretrained_model: str = field(default="stabilityai/stable-diffusion-3.5-medium", metadata={"help": "Model."})
     pretrained_revision: str = field(default="main", metadata={"help": "Its revision."})
-    hf_hub_model_id: str = field(default="dgpo-finetuned-stable-diffusion", metadata={"help": "Where it goes."})
+    hf_hub_model_id: str = field(default="me/dgpo-finetuned-stable-diffusion", metadata={"help": "Where it goes."})
     use_lora: bool = field(default=True, metadata={"help": "Train a LoRA."})
 
 

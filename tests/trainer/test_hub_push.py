@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load, load_file, save_file
 from tiny_models import tiny_random_pipeline
 from tiny_trainers import prompt_dataset, tiny_trainer
+from transformers import TrainerCallback
 
 from trl_dgpo import DGPOTrainer
 from trl_dgpo.evaluation import evaluation_latents
@@ -66,7 +67,7 @@ def _trainer(name: str, *, model=None, **config) -> DGPOTrainer:
         train_dataset=prompt_dataset("a", "b"),
         eval_dataset=prompt_dataset(*PROMPTS) if config.get("num_log_images") else None,
         **{
-            "learning_rate": 0.05,  # large enough to be seen in the pictures
+            "learning_rate": 0.3,  # large enough to be seen in the pictures
             "push_to_hub": True,
             "hub_model_id": f"someone/{name}",
             "hub_strategy": "every_save",
@@ -82,15 +83,18 @@ def _trainer(name: str, *, model=None, **config) -> DGPOTrainer:
 def _every_save() -> dict:
     evaluation = {"eval_strategy": "steps", "eval_steps": 1, "num_log_images": 2}
     trainer = _trainer("run", hub_model_id=LORA, max_steps=3, hub_always_push=True, log_completions=True, **evaluation)
+    pushes = _Pushes()
+    trainer.add_callback(pushes)
     trainer.train()
     (Path("run") / "_unfinished").mkdir()
     (Path("run") / "_unfinished" / "file.json").write_text("{}")
     url = trainer.push_to_hub(tags=["letters"], dataset_name="someone/prompts").commit_url
     save_file(trainer.policy.lora_state_dict("ema"), "ema.safetensors")
     save_file(trainer.policy.lora_state_dict(), "live.safetensors")
-    save_file({"images": trainer.generate(PROMPTS), "base": trainer.generate(PROMPTS, view="base")}, "own.safetensors")
+    views = ("ema", "base", None)
+    save_file({str(view): trainer.generate(PROMPTS, view=view) for view in views}, "own.safetensors")
     left = sorted(path.name for path in Path("run").glob("_upload*"))
-    return {"url": url, "left": left, "latent_shape": trainer._latent_shape}
+    return {"url": url, "left": left, "pushes": pushes.steps}
 
 
 def _loaded() -> dict:
@@ -162,6 +166,14 @@ def _full() -> None:
     trainer.train()
     trainer.push_to_hub()
     _run_snippet(hf_hub_download("someone/full", "README.md"))
+
+
+class _Pushes(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
 
 
 class _Errors(logging.Handler):
@@ -247,9 +259,9 @@ def test_the_token_and_the_folder_are_in_nothing_that_was_sent(hub, folder):
 
 def test_plain_diffusers_and_peft_draw_the_trainers_pictures(folder, results):
     own, loaded = load_file(folder / "own.safetensors"), load_file(folder / "loaded.safetensors")
-    assert torch.equal(loaded["diffusers"], own["images"])
-    assert torch.equal(loaded["peft"], own["images"])
-    assert not torch.equal(own["base"], own["images"])
+    assert torch.equal(loaded["diffusers"], own["ema"])
+    assert torch.equal(loaded["peft"], own["ema"])
+    assert not any(torch.equal(own[other], own["ema"]) for other in ("base", "None"))
 
 
 def test_the_cards_snippet_runs(results):
@@ -263,7 +275,8 @@ def test_training_goes_on_from_the_hub(folder, results):
     assert results["trained_on"] == {"base_model": str((folder / "base").resolve()), "steps": 1}
 
 
-def test_every_save_pushes_the_weights_of_its_step(hub):
+def test_every_save_pushes_the_weights_of_its_step(hub, results):
+    assert results["every_save"]["pushes"] == [1, 2, 3, 3]
     *saves, last = hub.repos[LORA].branches["main"][1:]
     assert [commit.message for commit in saves] == [f"Training in progress, step {step}" for step in (1, 2, 3)]
     assert last.message == "End of training"
