@@ -130,9 +130,9 @@ def take_adapter(transformer: nn.Module) -> tuple[nn.Module, Adapter | None]:
     configs = transformer.peft_config
     if len(configs) != 1:
         raise ValueError(
-            f"The transformer carries several adapters, {sorted(configs)}; training goes on from one. After an earlier "
-            "training in this process, load the pipeline anew, and the LoRA that was saved. Otherwise delete the "
-            "others (`pipeline.delete_adapters(name)`)."
+            f"The transformer carries several adapters, {sorted(configs)}; training goes on from one. After an "
+            "earlier training in this process, load the pipeline anew, and the LoRA that was saved. Otherwise delete "
+            "the others (`pipeline.delete_adapters(name)`)."
         )
     ((name, config),) = configs.items()
     if not isinstance(config, LoraConfig):

@@ -91,8 +91,12 @@ def _every_save() -> dict:
     url = trainer.push_to_hub(tags=["letters"], dataset_name="someone/prompts").commit_url
     save_file(trainer.policy.lora_state_dict("ema"), "ema.safetensors")
     save_file(trainer.policy.lora_state_dict(), "live.safetensors")
-    views = ("ema", "base", None)
-    save_file({str(view): trainer.generate(PROMPTS, view=view) for view in views}, "own.safetensors")
+    # One prompt at a time, as `_draw` does: kernels may round differently for another batch size.
+    own = {
+        str(view): torch.cat([trainer.generate([prompt], view=view) for prompt in PROMPTS])
+        for view in ("ema", "base", None)
+    }
+    save_file(own, "own.safetensors")
     left = sorted(path.name for path in Path("run").glob("_upload*"))
     return {"url": url, "left": left, "pushes": pushes.steps}
 

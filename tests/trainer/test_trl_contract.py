@@ -13,7 +13,7 @@ import trl.trainer.base_trainer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from tiny_models import tiny_random_pipeline
-from tiny_trainers import brightness, prompt_dataset, tiny_trainer, weights
+from tiny_trainers import tiny_trainer, weights
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, get_peft_config
