@@ -72,6 +72,7 @@ _OWN_FIELDS = {field.name for field in dataclasses.fields(DGPOConfig)} - {
 }
 # What names this machine or this user, and what says nothing of the method.
 _NOT_OF_THE_METHOD = {"hub_token", "output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "project"}
+_NOT_OF_THE_METHOD |= {"model_init_kwargs"}  # may hold a token
 _VERSIONED = ("torch", "transformers", "diffusers", "trl", "peft", "accelerate", "datasets")
 
 Model = str | os.PathLike | DiffusionPipeline | PeftModel
