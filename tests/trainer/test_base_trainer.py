@@ -223,7 +223,7 @@ def test_a_run_says_what_it_is_and_no_secrets(tmp_path):
     trainer = tiny_trainer(tmp_path, hub_token="hf_secret", learning_rate=1e-2)
     trainer.train()
     trainer.args.model_init_kwargs = {"token": "hf_other"}
-    assert "hf_other" not in json.dumps(trainer.describe())
+    assert "hf_other" not in str(trainer.describe())
     text = (tmp_path / "run.json").read_text()
     run = json.loads(text)
     assert (run["method"], run["rewards"]) == ("DGPO", ["brightness"])
