@@ -91,7 +91,7 @@ def test_files_are_moved_over_those_of_their_names_and_no_others(tmp_path):
 def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, best, kept):
     for step in (3, 1, 4, 2):  # the order of making says nothing, their time does
         os.utime(folder(tmp_path / f"checkpoint-{step}", ""), (step, step))
-    rotate(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    rotate(tmp_path, limit, None if best is None else f"elsewhere/checkpoint-{best}")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in kept]
 
 

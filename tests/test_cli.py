@@ -412,3 +412,10 @@ def test_python_m(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("trl-dgpo report: error:")
+
+
+def test_not_resuming_can_be_said(tmp_path):
+    from trl_dgpo.cli import _checkpoint
+
+    config = DGPOConfig(output_dir=str(tmp_path), use_cpu=True, resume_from_checkpoint="false")
+    assert _checkpoint(config) is False

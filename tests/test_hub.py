@@ -416,6 +416,7 @@ def test_what_stays_at_home():
         "training_args.bin",
         "sub/training_args.bin",
         "run.json",
+        "report.html",
         "_export/adapter_model.safetensors",
         "images/_after-00.png",
         "checkpoint-10/optimizer.pt",

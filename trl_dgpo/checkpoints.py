@@ -62,7 +62,9 @@ def rotate(directory: Path, limit: int | None, best: str | None = None) -> None:
     if limit is None or limit < 1:
         return
     checkpoints = [Path(path) for path in sort_checkpoints(str(directory), use_mtime=True)]
-    protected = {checkpoints[-1], *([Path(best)] if best else [])}
+    # By name: the folder may have another spelling since, or another place.
+    names = {checkpoints[-1].name, *([Path(best).name] if best else [])}
+    protected = [path for path in checkpoints if path.name in names]
     surplus = max(0, len(checkpoints) - max(limit, len(protected)))
     for path in [path for path in checkpoints if path not in protected][:surplus]:
         path.rename(path.with_name(_REMOVED + path.name))

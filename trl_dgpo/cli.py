@@ -535,8 +535,10 @@ def _no_reward(prompts: list[str], **kwargs) -> list[None]:
 def _checkpoint(args: DGPOConfig) -> str | bool | None:
     """`--resume_from_checkpoint true`, `false` or a folder."""
     given = args.resume_from_checkpoint
-    if given is None or str(given).lower() == "false":
+    if given is None:
         return None
+    if str(given).lower() == "false":
+        return False  # not None, for which the trainer would look into its configuration
     if str(given).lower() == "true":
         if not any(Path(args.output_dir).glob("*checkpoint-*")):
             raise ValueError(f"There is no checkpoint in {args.output_dir!r} to resume from.")

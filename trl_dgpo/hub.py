@@ -46,6 +46,7 @@ IGNORE_PATTERNS = (
     "samples/*",
     "completions/*",
     "run.json",
+    "report.html",
     "training_args.bin",
     "*/training_args.bin",
 )

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -79,15 +80,15 @@ class Adapter:
     scaling: dict[str, float] | None = None
 
 
-def read_adapter(source: str | os.PathLike, revision: str | None = None) -> Adapter | None:
+def read_adapter(source: str | os.PathLike, **access: Any) -> Adapter | None:
     """
     The LoRA of a folder or a repository in PEFT's format.
 
     Args:
         source (`str` or `os.PathLike`):
             Folder or id on the Hub.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub.
+        **access:
+            How it is got from the Hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Returns:
         [`Adapter`], or `None` where there is no `adapter_config.json`.
@@ -98,7 +99,7 @@ def read_adapter(source: str | os.PathLike, revision: str | None = None) -> Adap
     path = Path(source)
     if path.exists() and not (path / _CONFIG_FILE).is_file():
         return None
-    where = {} if path.exists() else {"revision": revision}
+    where = {} if path.exists() else access
     try:
         config = PeftConfig.from_pretrained(os.fspath(source), **where)
     except ValueError:  # what PEFT makes of every missing file, folder, repository or network

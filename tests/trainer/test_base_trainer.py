@@ -234,6 +234,30 @@ def test_a_run_says_what_it_is_and_no_secrets(tmp_path):
     assert str(Path.home()) not in text
 
 
+def test_trackers_are_told_no_token(tmp_path):
+    config = tiny_config(tmp_path, model_init_kwargs={"token": "hf_secret", "variant": "fp16"})
+    assert config.to_dict()["model_init_kwargs"] == {"token": "<TOKEN>", "variant": "fp16"}
+    assert "hf_secret" not in config.to_json_string()
+    assert config.model_init_kwargs["token"] == "hf_secret"
+
+
+def test_a_resumed_run_does_not_evaluate_its_start_again(tmp_path):
+    config = {"eval_dataset": prompt_dataset("x"), "save_strategy": "steps", "save_steps": 1}
+    tiny_trainer(tmp_path, max_steps=1, **config).train()
+    trainer = tiny_trainer(tmp_path, max_steps=2, **config)
+    trainer.train(resume_from_checkpoint=True)
+    assert [log["step"] for log in trainer.state.log_history if "eval_reward" in log] == [0]
+    assert trainer.args.eval_on_start
+
+
+def test_a_lora_remembers_the_revision_of_its_base(tmp_path, folder, loading):
+    trainer = tiny_trainer(tmp_path / "first", model=str(folder), model_init_kwargs={"revision": "abc"})
+    trainer.save_model()
+    loading.clear()
+    tiny_trainer(tmp_path / "second", model=tmp_path / "first")
+    assert loading["revision"] == "abc"
+
+
 def test_pictures_through_training_are_the_evaluations(tmp_path):
     trainer = tiny_trainer(
         tmp_path, eval_dataset=prompt_dataset("x", "y", "z"), num_log_images=2, max_steps=2, learning_rate=1e-2

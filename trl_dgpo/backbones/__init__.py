@@ -76,7 +76,7 @@ def load_backbone(
             f"`model` is a {type(model).__name__}; it must be an id on the Hub, a folder or a diffusers pipeline."
         )
 
-    index = _read_index(model, revision)
+    index = _read_index(model, revision, access(init_kwargs or {}))
     _check_family({index["_class_name"]}, f"{os.fspath(model)!r}, a {index['_class_name']}")
     arguments = {name: None for name, entry in index.items() if entry == [None, None]}
     if quantization_config is not None:
@@ -106,7 +106,12 @@ def _transformer_quantization(config: Any) -> Any:
     return PipelineQuantizationConfig(quant_mapping={"transformer": config})
 
 
-def _read_index(model: str | os.PathLike, revision: str | None) -> dict:
+def access(init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that say how a file is got from the Hub, whatever the file."""
+    return {name: init_kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in init_kwargs}
+
+
+def _read_index(model: str | os.PathLike, revision: str | None, access: dict[str, Any]) -> dict:
     """The pipeline's `model_index.json`, from the folder or from the Hub."""
     from diffusers import DiffusionPipeline
 
@@ -121,7 +126,7 @@ def _read_index(model: str | os.PathLike, revision: str | None) -> dict:
     elif isinstance(model, os.PathLike) or path.is_absolute() or len(path.parts) > 2 or os.fspath(model)[:1] in "~.":
         raise ValueError(f"`model`={os.fspath(model)!r} does not exist. Give an existing folder or an id on the Hub.")
     try:
-        return DiffusionPipeline.load_config(model, revision=revision)
+        return DiffusionPipeline.load_config(model, revision=revision, **access)
     except OSError as error:
         raise ValueError(
             f"`model`={os.fspath(model)!r} is not a folder here, and the Hub gave no pipeline of this id. Check the "

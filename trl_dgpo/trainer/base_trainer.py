@@ -37,7 +37,7 @@ from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
 from .. import __version__
-from ..backbones import load_backbone
+from ..backbones import access, load_backbone
 from ..callbacks import (
     CompletionsCallback,
     RewardProgressCallback,
@@ -136,7 +136,7 @@ class DiffusionTrainer(_BaseTrainer):
         views = (*(("ema",) if args.save_ema or eval_dataset is not None or shown else ()), *self._views(args))
         self.policy = Policy(self.backbone.transformer, peft_config, views, start)
         if peft_config is not None:  # PEFT has asked the transformer, which is only a part of the model
-            peft_config.base_model_name_or_path = self.base_model
+            peft_config.base_model_name_or_path, peft_config.revision = self.base_model, self._base_revision
         # Trainer asks the model for this; diffusers has it under another name.
         self.policy.model.activation_checkpointing_enable = lambda **_: self.backbone.enable_gradient_checkpointing()
 
@@ -221,9 +221,11 @@ class DiffusionTrainer(_BaseTrainer):
             if hasattr(model, "transformer"):
                 model.transformer, start = take_adapter(model.transformer)
         elif model != _BUNDLED and isinstance(model, (str, os.PathLike)):
-            start = read_adapter(model, revision)
+            start = read_adapter(model, revision=revision, **access(init_kwargs))
         if start is not None and not isinstance(model, DiffusionPipeline):
-            revision = revision if isinstance(model, PeftModel) else None  # it was the LoRA's
+            # On the Hub the revision given is the LoRA's; its configuration names the base model's.
+            is_here = isinstance(model, PeftModel) or Path(model).exists()
+            revision = (revision if is_here else None) or start.config.revision
             if start.base_model is None:
                 raise ValueError(
                     f"The LoRA {model if isinstance(model, (str, os.PathLike)) else 'in `model`'} does not name the "
@@ -244,6 +246,7 @@ class DiffusionTrainer(_BaseTrainer):
             negative_prompt=args.negative_prompt,
         )
         # A folder of this installation would name nothing elsewhere.
+        self._base_revision = revision
         name = _BUNDLED if model == _BUNDLED else self.backbone.pipeline.config.get("_name_or_path")
         self.base_model = None if name is None else os.fspath(name)
         return start
@@ -379,8 +382,8 @@ class DiffusionTrainer(_BaseTrainer):
         if rows:
             images = self.generate([row["prompt"] for row in rows], num_images=args.eval_num_images)
             rows = [row for row in rows for _ in range(args.eval_num_images)]
-            mine = [(self._score(self.eval_scorer, images, rows), images)]
-        shards = gather_object(mine)
+            mine = [(self._score(self.eval_scorer, images, rows)._replace(extra={}), images)]
+        shards = gather_object(mine)  # not `extra`, which may be anything
         metrics = evaluation_metrics(
             Scores.cat([scores for scores, _ in shards]), torch.cat([images for _, images in shards]), prefix
         )
@@ -433,7 +436,14 @@ class DiffusionTrainer(_BaseTrainer):
             restore_replaced(Path(self.args.output_dir))
             remove_snapshots(self.args.output_dir)
         self.accelerator.wait_for_everyone()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        args = self.args
+        if resume_from_checkpoint:
+            self.args = copy.copy(args)
+            self.args.eval_on_start = False  # that start was an earlier call's
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.args = args
 
     def _forget(self) -> None:
         self._metrics.clear()
@@ -474,7 +484,7 @@ class DiffusionTrainer(_BaseTrainer):
             return
         directory = Path(output_dir or self.args.output_dir)
         if directory.parent == self._staging:
-            directory.mkdir(parents=True)
+            directory.mkdir(parents=True, exist_ok=True)  # another process may have come first
             self.policy.save(directory)
             self._save_export(directory, None)
         else:

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl.trainer.base_config import _BaseConfig
@@ -323,6 +324,13 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         super().__post_init__()
         self._check_split(given_accumulation)
         finish_names(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of `TrainingArguments`, which blanks its own tokens: what goes to trackers and files."""
+        values = super().to_dict()
+        if isinstance(values["model_init_kwargs"], dict) and "token" in values["model_init_kwargs"]:
+            values["model_init_kwargs"] = {**values["model_init_kwargs"], "token": "<TOKEN>"}
+        return values
 
     @property
     def height(self) -> int:
