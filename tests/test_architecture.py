@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "trl_dgpo"
 # A name is a file or a folder at the package's top. What is not there yet is only planned.
 FLOORS = [
     {"noising", "advantages", "losses", "rollout", "seeding"},
-    {"policy", "backbones", "rewards", "prompts", "rollout_dataset", "sampler", "tiny"},
-    {"ddpo_compat", "hub", "callbacks", "checkpoints", "evaluation", "report"},
+    {"policy", "backbones", "rewards", "prompts", "prompt_embeds", "rollout_dataset", "sampler", "tiny"},
+    {"ddpo_compat", "hub", "callbacks", "checkpoints", "evaluation", "report", "engines", "plan"},
     {"trainer"},
     {"cli"},
     {"__main__"},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_dgpo.evaluation import evaluation_latents, image_grid, image_statistics
+from trl_dgpo.evaluation import evaluation_latents, image_grid, image_statistics, measure_images
 
 
 SHAPE = (4, 3, 5)
@@ -51,14 +51,14 @@ def flat(*colours):
     ],
 )
 def test_statistics_of_flat_pictures(images, expected):
-    assert image_statistics(images) == pytest.approx(expected, abs=1e-6)
+    assert image_statistics(measure_images(images)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_contrast_is_within_a_picture():
     half = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     half[..., :4] = 255
-    assert image_statistics(half)["contrast"] == pytest.approx(0.5)
-    assert image_statistics(half)["darkness"] == pytest.approx(0.5)
+    assert image_statistics(measure_images(half))["contrast"] == pytest.approx(0.5)
+    assert image_statistics(measure_images(half))["darkness"] == pytest.approx(0.5)
 
 
 def test_grid_has_a_row_a_model_and_a_column_a_prompt():

@@ -1,12 +1,17 @@
+import os
+import subprocess
+import sys
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, PeftModel
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from trl_dgpo.policy import Policy, ema_decay, lora_config, old_decay
+from trl_dgpo.policy import Adapter, Policy, ema_decay, lora_config, old_decay
 
 
 VIEWS = ("base", "reference", "old", "ema")
@@ -208,6 +213,208 @@ def test_a_view_that_is_not_kept(kind, use, tmp_path, monkeypatch):
             make(kind, views=()).base()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_policy_itself_can_be_entered_within_a_view(kind):
+    policy = make(kind)
+    mine, old = output(policy), output(policy, "old")
+    with untouched(policy), policy.old():
+        with policy.using():
+            assert torch.equal(output(policy), mine)
+        assert torch.equal(output(policy), old)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_handles_stay_those_of_the_living_weights(kind, tmp_path):
+    policy = make(kind)
+    policy.save(tmp_path)
+
+    def check():
+        living = {id(parameter) for parameter in policy.model.parameters()}
+        assert all(id(tensor) in living for tensor in policy.tensors().values())
+        if kind == "lora":
+            assert all(id(tensor) in living for view in policy.views for tensor in policy.tensors(view).values())
+
+    for change in (
+        lambda: policy.load(tmp_path),
+        lambda: policy.model.to(torch.float64),
+        lambda: policy.model.to("meta"),  # puts new parameters in the place of the old ones
+    ):
+        change()
+        check()
+    for view in policy.views:  # also a copy has followed
+        assert {tensor.device.type for tensor in policy.tensors(view).values()} == {"meta"}
+
+
+# -- merged
+
+
+@torch.no_grad()
+def merged_output(policy, view=None):
+    with policy.using(view, merged=True):
+        return run(policy.model)
+
+
+def lora_forwards(policy):
+    """How often an adapter's own layers are asked, while the list is open."""
+    asked = []
+    for name, module in policy.model.named_modules():
+        if name.endswith(tuple(f"lora_B.{adapter}" for adapter in ("default", *policy.views))):
+            module.register_forward_hook(lambda *_, name=name: asked.append(name))
+    return asked
+
+
+@pytest.mark.parametrize("view", [None, *VIEWS])
+def test_a_merged_view_is_the_view(view):
+    policy = make("lora")
+    with untouched(policy):
+        torch.testing.assert_close(merged_output(policy, view), output(policy, *([view] if view else [])))
+    asked = lora_forwards(policy)
+    merged_output(policy, view)
+    assert not asked
+    output(policy, "old")
+    assert asked
+
+
+def test_a_merged_weight_is_the_sum_in_float32():
+    policy = make("lora")
+    name, layer = next(iter(policy._views.adapted.items()))
+    a, b = (policy.tensors("old")[f"{name}.lora_{x}.default.weight"].detach().double() for x in "AB")
+    weight = layer.get_base_layer().weight
+    expected = weight.double() + 4 / 2 * b @ a
+    with torch.autocast("cpu", torch.bfloat16), policy.using("old", merged=True):
+        assert layer.get_base_layer().weight is weight
+        torch.testing.assert_close(weight.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_merged_into_bfloat16_is_rounded_once():
+    policy = Policy(transformer().bfloat16(), lora(), ("old",))
+    randomise(policy.tensors("old"), torch.Generator().manual_seed(0))
+    name, layer = next(iter(policy._views.adapted.items()))
+    a, b = (policy.tensors("old")[f"{name}.lora_{x}.default.weight"].detach() for x in "AB")
+    expected = (layer.get_base_layer().weight.float() + 2 * b @ a).bfloat16()
+    assert policy.can_merge
+    assert not policy.merges_exactly
+    with untouched(policy):
+        with policy.using("old", merged=True):
+            assert torch.equal(layer.get_base_layer().weight, expected)
+
+
+def test_nested_merged_views():
+    policy = make("lora")
+    alone = {view: output(policy, *([view] if view else [])) for view in (None, "base", "old")}
+    merged = {view: merged_output(policy, view) for view in (None, "old")}
+    with untouched(policy):
+        with policy.using("ema", merged=True), torch.no_grad():
+            for view, expected in alone.items():
+                with policy.using(view):
+                    assert torch.equal(run(policy.model), expected), view
+            for view, expected in merged.items():
+                assert torch.equal(merged_output(policy, view), expected), view
+            with pytest.raises(ZeroDivisionError), policy.using("old", merged=True):
+                raise ZeroDivisionError
+            assert torch.equal(run(policy.model), merged_output(policy, "ema"))
+    with untouched(policy), pytest.raises(ZeroDivisionError), policy.using("old", merged=True):
+        raise ZeroDivisionError
+    assert torch.equal(output(policy), alone[None])
+
+
+def test_a_merged_base_that_is_an_adapter():
+    start = Policy(transformer(), lora())
+    randomise(start.tensors(), torch.Generator().manual_seed(3))
+    state = {name: tensor.clone() for name, tensor in start.lora_state_dict().items()}
+    policy = Policy(transformer(), lora(), ("base",), Adapter(lora(), state))
+    randomise(policy.tensors(), torch.Generator().manual_seed(4))
+    asked = lora_forwards(policy)
+    with untouched(policy):
+        torch.testing.assert_close(merged_output(policy, "base"), output(start))
+    assert not asked
+    assert (output(policy) - output(start)).abs().max() > 0.01
+
+
+def test_saved_modules_are_not_switched_off_by_merging():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    policy = Policy(network, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]), ("old",))
+    randomise(policy.tensors("old"), torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3)
+    with policy.old():
+        expected = policy.model(x)
+    with policy.using("old", merged=True):
+        torch.testing.assert_close(policy.model(x), expected)
+    assert not torch.allclose(policy.model(x), expected)
+
+
+def test_a_step_after_a_merged_rollout_has_the_same_bits():
+    gradients = []
+    for rollout in (False, True):
+        policy = make("lora")
+        if rollout:
+            merged_output(policy), merged_output(policy, "old")
+        loss = run(policy.model).square().mean()
+        if rollout:
+            merged_output(policy)  # also between forward and backward
+        loss.backward()
+        gradients.append({name: tensor.grad for name, tensor in policy.tensors().items() if tensor.grad is not None})
+    plain, after = gradients
+    assert plain.keys() == after.keys()
+    assert sum(gradient.any() for gradient in plain.values()) >= 2 * 2 * len(TARGETS)
+    assert all(torch.equal(gradient, after[name]) for name, gradient in plain.items())
+
+
+def test_merged_without_an_adapter_changes_nothing():
+    policy = make("full")
+    assert not policy.can_merge
+    assert not policy.merges_exactly
+    with untouched(policy):
+        assert torch.equal(merged_output(policy, "old"), output(policy, "old"))
+
+
+def four_bit():
+    return nn.Sequential(pytest.importorskip("bitsandbytes").nn.Linear4bit(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "reason"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 4)), {"use_dora": True}, "not a product of two matrices alone"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4)),
+            {"lora_bias": True, "init_lora_weights": True},
+            "not a product of two matrices alone",
+        ),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 1)), {}, "'base_model.model.0' is a Conv2d on a Conv2d"),
+        (four_bit, {}, "the weight of 'base_model.model.0' is a Params4bit"),
+    ],
+)
+def test_what_cannot_be_merged(network, changes, reason):
+    policy = Policy(network(), lora(target_modules=["0"], **changes), ("old",))
+    assert not policy.can_merge
+    assert not policy.merges_exactly
+    with pytest.raises(ValueError, match=f"{reason}.*Use the view without `merged`"):
+        policy.using("old", merged=True)
+    with policy.using("old"):
+        pass
+
+
+def test_compiled_blocks_see_every_switch():
+    policy = make("lora")
+    assert policy.merges_exactly
+    plain = {(view, merged): value for view, merged, value in _every(policy)}
+    torch._dynamo.reset()
+    for block in policy.transformer.transformer_blocks:
+        block.compile(backend="eager")
+    for _ in range(2):  # compiled, then from the cache
+        for view, merged, value in _every(policy):
+            torch.testing.assert_close(value, plain[view, merged], rtol=0, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def _every(policy):
+    for view in (None, "old", "base", "ema"):
+        yield view, False, output(policy, *([view] if view else []))
+        yield view, True, merged_output(policy, view)
+
+
 # -- movement
 
 
@@ -365,3 +572,78 @@ def test_diffusers_reads_the_full_weights(view, tmp_path):
     loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "model")
     with torch.no_grad():
         assert torch.equal(run(loaded), output(policy, *([view] if view else [])))
+
+
+# -- sharded
+
+
+def test_views_of_a_sharded_model(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, restored = make("full"), make("full", moved=False)
+    move(whole)
+    restored.load(tmp_path / "all")
+    for view in (None, *whole.views):
+        assert all(torch.equal(tensor, restored.tensors(view)[n]) for n, tensor in whole.tensors(view).items()), view
+    loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "ema")
+    with torch.no_grad():
+        assert torch.equal(run(loaded), output(whole, "ema"))
+
+
+def move(policy):
+    policy.update_old(300), policy.update_ema(3), policy.refresh_reference()
+
+
+def sharded(directory: Path) -> None:
+    """One of two processes: all that a view is for, on a model that is sharded after the policy was made."""
+    torch.distributed.init_process_group("gloo")
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    whole, policy = make("full"), make("full")
+    for block in policy.transformer.transformer_blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(policy.transformer, mesh=mesh)
+    assert policy.is_sharded
+    assert not whole.is_sharded
+
+    def same(view):
+        mine = {name: tensor.detach().full_tensor() for name, tensor in policy.tensors(view).items()}
+        assert all(torch.equal(tensor, mine[name]) for name, tensor in whole.tensors(view).items()), view
+
+    def check():
+        for views in [(), *((view,) for view in VIEWS), ("old", "ema"), ()]:
+            assert torch.equal(output(policy, *views), output(whole, *views)), views
+        for view in (None, *VIEWS):
+            same(view)
+
+    check()
+    with policy.old():
+        with policy.using():
+            assert torch.equal(output(policy), output(whole))
+        assert torch.equal(output(policy), output(whole, "old"))
+    gradients = []
+    for each in (whole, policy):
+        loss = run(each.model).square().mean()
+        output(each, "old")
+        loss.backward()
+        gradients.append({name: tensor.grad for name, tensor in each.tensors().items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name].full_tensor(), gradient, rtol=1e-4, atol=1e-5)
+    move(whole), move(policy)
+    check()
+    first = torch.distributed.get_rank() == 0
+    policy.save(directory / "all", write=first)
+    policy.save_pretrained(directory / "ema", "ema", write=first)
+    torch.distributed.barrier()
+    with torch.no_grad():
+        for tensor in policy.tensors().values():
+            tensor.zero_()
+    policy.load(directory / "all")
+    check()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sharded(Path(sys.argv[1]))

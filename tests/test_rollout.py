@@ -40,18 +40,32 @@ def test_what_follows_from_the_fields():
 
 
 @pytest.mark.parametrize(
-    ("num_parts", "rows"), [(1, [range(8)]), (2, [range(5), range(5, 8)]), (4, [(0, 1), (2, 3, 4), (5,), (6, 7)])]
+    ("num_parts", "groups"),
+    [
+        (1, [[0, 1, 2, 3]]),
+        (2, [[0, 1], [1, 2, 3]]),
+        (4, [[0], [1], [1, 2], [3]]),
+        (8, [[0], [0], [1], [1], [1], [2], [3], [3]]),
+    ],
 )
-def test_parts_are_whole_groups(num_parts, rows):
-    r, size = rollout(), 4 // num_parts
+def test_parts_are_consecutive_and_know_their_whole_groups(num_parts, groups):
+    r, size = rollout(), 8 // num_parts
     for index in range(num_parts):
         part = r.part(index, num_parts)
-        assert part.advantages.tolist() == list(rows[index])
-        assert part.x0[:, 1, 2, 2].tolist() == list(rows[index])
-        assert part.groups.tolist() == [3, 4, 7, 9][index * size :][:size]
-        assert part.conditioning["pooled"].tolist() == list(range(index * size, (index + 1) * size))
-        assert part.conditioning["embeds"].shape == (size, 5, 6)
-        assert part.group_sizes.tolist() == [1, 3, 1, 0][index * size :][:size]
+        rows = list(range(index * size, (index + 1) * size))
+        assert part.advantages.tolist() == rows
+        assert part.x0[:, 1, 2, 2].tolist() == rows
+        assert part.groups.tolist() == [[3, 4, 7, 9][g] for g in groups[index]]
+        assert part.conditioning["pooled"].tolist() == groups[index]
+        assert part.conditioning["embeds"].shape == (len(groups[index]), 5, 6)
+        assert part.group_sizes.tolist() == [[1, 3, 1, 0][g] for g in groups[index]]  # of the whole groups
+
+
+def test_parts_are_views():
+    r = rollout()
+    part = r.part(1, 4)
+    assert part.x0.data_ptr() == r.x0[2:].data_ptr()
+    assert part.conditioning["embeds"].data_ptr() == r.conditioning["embeds"][1:].data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -63,6 +77,7 @@ def test_parts_are_whole_groups(num_parts, rows):
         ({"group_index": torch.tensor([3, 3, 4, 4, 3, 7, 9, 9])}, "must ascend"),
         ({"group_index": torch.tensor([3, 3, 4, 4, 4, 4, 9, 9])}, "3 groups, but the rows are .*'embeds': 4"),
         ({"conditioning": {"pooled": torch.zeros(8, 2)}}, "4 groups, but the rows are .*'pooled': 8"),  # one an image
+        ({"group_sizes": torch.ones(3)}, "4 groups, but the rows are .*'group_sizes': 3"),
     ],
 )
 def test_bad_shapes(changes, message):
@@ -70,8 +85,8 @@ def test_bad_shapes(changes, message):
         rollout(**changes)
 
 
-def test_groups_that_do_not_divide():
-    with pytest.raises(ValueError, match="4 groups cannot be divided into 3 equal parts"):
+def test_rollouts_that_do_not_divide():
+    with pytest.raises(ValueError, match="8 rollouts cannot be divided into 3 equal parts"):
         rollout().part(0, 3)
 
 
@@ -92,13 +107,6 @@ def test_buffer():
     buffer.clear()
     with pytest.raises(ValueError, match="buffer is empty"):
         _ = buffer.record
-
-
-def test_micro_batches_make_up_the_round():
-    buffer = GroupRolloutBuffer()
-    buffer.fill(rollout(), round=0)
-    groups = [[m.groups.tolist() for m in buffer.micro_batches(update, 2, 2)] for update in range(2)]
-    assert groups == [[[3], [4]], [[7], [9]]]
 
 
 @pytest.mark.parametrize("filled", [True, False])
@@ -122,6 +130,9 @@ class Numbers(list):
     def part(self, index, num_parts):
         return Numbers(self[index::num_parts])
 
+    def to(self, device):
+        return self
+
     def state_dict(self):
         return {"numbers": list(self)}
 
@@ -134,5 +145,5 @@ def test_a_buffer_takes_other_records():
     buffer, restored = GroupRolloutBuffer(Numbers), GroupRolloutBuffer(Numbers)
     buffer.fill(Numbers(range(8)), round=2)
     restored.load_state_dict(buffer.state_dict())
-    assert restored.micro_batches(1, 2, 2) == [[1, 5], [3, 7]]
+    assert restored.record.part(1, 2) == [1, 3, 5, 7]
     assert isinstance(restored.record, Numbers)

@@ -3,7 +3,7 @@ from itertools import islice
 import pytest
 import torch
 
-from trl_dgpo.sampler import GroupSampler, StreamSampler, local_groups
+from trl_dgpo.sampler import GroupSampler, StreamSampler, local_rollouts
 
 
 def dealt(sampler, num_rounds):
@@ -53,18 +53,19 @@ def test_no_prompt_at_all():
 
 
 @pytest.mark.parametrize("num_updates", [1, 2, 3, 6])
-@pytest.mark.parametrize("num_processes", [1, 2, 4])
+@pytest.mark.parametrize("num_processes", [1, 2, 4, 8])
 def test_processes_share_each_update(num_updates, num_processes):
-    groups = [local_groups(24, num_updates, rank, num_processes).tolist() for rank in range(num_processes)]
-    assert sorted(group for mine in groups for group in mine) == list(range(24))
-    per_update = 24 // num_updates
-    for mine in groups:
-        assert mine == sorted(mine)
-        assert len(mine) == 24 // num_processes
+    prompts, generations = 6, 8
+    shares = [local_rollouts(prompts, generations, num_updates, rank, num_processes) for rank in range(num_processes)]
+    for groups, numbers in shares:
+        assert len(groups) == len(numbers) == prompts * generations // num_processes
+        assert groups.tolist() == sorted(groups.tolist())
+    size, per_update = prompts * generations // num_updates // num_processes, prompts // num_updates
     for update in range(num_updates):
-        share = 24 // num_updates // num_processes
-        trained = sorted(g for mine in groups for g in mine[update * share : (update + 1) * share])
-        assert trained == list(range(update * per_update, (update + 1) * per_update))  # whatever the process count
+        part = slice(update * size, (update + 1) * size)
+        trained = [pair for groups, numbers in shares for pair in zip(groups[part].tolist(), numbers[part].tolist())]
+        of_update = range(update * per_update, (update + 1) * per_update)
+        assert trained == [(group, number) for group in of_update for number in range(generations)]
 
 
 def test_no_row_is_read_but_those_asked_for():

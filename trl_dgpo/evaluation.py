@@ -38,39 +38,55 @@ def evaluation_latents(prompts: list[str], num_images: int, shape: tuple[int, ..
     )
 
 
-def image_statistics(images: Tensor) -> dict[str, float]:
+def measure_images(images: Tensor) -> dict[str, Tensor]:
     """
-    Free signs of what a reward does to pictures: a run that blanks, bleaches or greys them shows here first.
+    What [`image_statistics`] needs to know of each image.
 
     Args:
         images (`torch.Tensor` of shape `(B, 3, H, W)`):
             uint8 images.
 
     Returns:
-        `dict[str, float]`, means over images, in [0, 1]: `darkness` (part of the pixels whose luma is below 0.25),
-        `contrast` (standard deviation of luma within an image), `saturation` (largest minus smallest channel of a
-        pixel) and `colour_spread` (standard deviation of the images' mean colours over the images, averaged over
-        channels: falls when all pictures take one tint).
+        `dict[str, torch.Tensor]`, `(B,)` each, in [0, 1]: `darkness` (part of the pixels whose luma is below 0.25),
+        `contrast` (standard deviation of luma), `saturation` (mean of a pixel's largest minus smallest channel), and
+        `colour` of shape `(B, 3)`, the mean colour.
     """
     pixels = images.float() / 255
     luma = torch.einsum("bchw,c->bhw", pixels, torch.tensor([0.299, 0.587, 0.114], device=images.device))
     return {
-        "darkness": (luma < 0.25).float().mean().item(),
-        "contrast": luma.flatten(1).std(1, correction=0).mean().item(),
-        "saturation": (pixels.amax(1) - pixels.amin(1)).mean().item(),
-        "colour_spread": pixels.mean((2, 3)).std(0, correction=0).mean().item(),
+        "darkness": (luma < 0.25).float().mean((1, 2)),
+        "contrast": luma.flatten(1).std(1, correction=0),
+        "saturation": (pixels.amax(1) - pixels.amin(1)).mean((1, 2)),
+        "colour": pixels.mean((2, 3)),
     }
 
 
-def evaluation_metrics(scores: Scores, images: Tensor, prefix: str = "eval") -> dict[str, float]:
+def image_statistics(measures: dict[str, Tensor]) -> dict[str, float]:
+    """
+    Free signs of what a reward does to pictures: a run that blanks, bleaches or greys them shows here first.
+
+    Args:
+        measures (`dict[str, torch.Tensor]`):
+            Of each image, see [`measure_images`].
+
+    Returns:
+        `dict[str, float]`: the means of `darkness`, `contrast` and `saturation`, and `colour_spread`, the standard
+        deviation of the images' mean colours over the images, averaged over channels: it falls when all pictures take
+        one tint.
+    """
+    means = {name: values.mean().item() for name, values in measures.items() if name != "colour"}
+    return means | {"colour_spread": measures["colour"].std(0, correction=0).mean().item()}
+
+
+def evaluation_metrics(scores: Scores, measures: dict[str, Tensor], prefix: str = "eval") -> dict[str, float]:
     """
     The numbers of an evaluation.
 
     Args:
         scores ([`~trl_dgpo.rewards.scoring.Scores`]):
             Of all images.
-        images (`torch.Tensor` of shape `(B, 3, H, W)`):
-            uint8 images.
+        measures (`dict[str, torch.Tensor]`):
+            Of all images, see [`measure_images`].
         prefix (`str`, *optional*, defaults to `"eval"`):
             Prefix of the names.
 
@@ -96,7 +112,7 @@ def evaluation_metrics(scores: Scores, images: Tensor, prefix: str = "eval") -> 
         metrics[f"rewards/{name}/std"] = nanstd(values)
     for name, values in sorted(scores.metrics.items()):
         metrics[name] = sum(values) / len(values)
-    for name, value in image_statistics(images).items():
+    for name, value in image_statistics(measures).items():
         metrics[f"images/{name}"] = value
     metrics |= {"num_images": len(rewards), "failed": failed}
     return {f"{prefix}_{name}": value for name, value in metrics.items()}

@@ -10,7 +10,11 @@ With an adapter (PEFT), the base is the adapter switched off and every other vie
 policy's, so that a switch costs a flag a layer. Where training goes on from an adapter, the model before training has
 it on, and the base is a frozen adapter too. Without one, a view is a frozen copy of the trainable weights whose
 storage is exchanged for theirs. Either way nothing is copied into the policy's weights, and they are back, to the bit,
-after the `with`, also after an exception.
+after the `with`, also after an exception. Only where FSDP2 has sharded the weights are the shards' contents copied to
+and fro, since its collectives read them where they lie.
+
+A view can also be entered `merged`: its adapter is added to copies of the adapted weights, which take their place for
+the length of the `with`. That spares two small products a layer in every forward.
 
 Enter a view before `autocast`, not inside it: autocast caches the cast weights of the whole of its context.
 """
@@ -24,11 +28,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 _POLICY = "default"
@@ -36,6 +43,7 @@ _PREFIX = "base_model.model."  # of a PeftModel's weights, before the transforme
 _CONFIG_FILE = "adapter_config.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
 _WEIGHTS_FILE = "weights.safetensors"
+_MERGEABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 def old_decay(step: int) -> float:
@@ -192,6 +200,7 @@ class Policy:
                 "`take_adapter`, and give it as `start`."
             )
         self.transformer = transformer
+        self._class = type(transformer)  # FSDP2 gives it another
         if peft_config is None:
             dtypes = {parameter.dtype for parameter in transformer.parameters()}
             if dtypes & {torch.float16, torch.bfloat16}:
@@ -222,21 +231,53 @@ class Policy:
         """Every view that can be entered."""
         return (*(("base",) if self._switch_is_base else ()), *self.views)
 
+    @property
+    def can_merge(self) -> bool:
+        """Whether views can be entered `merged`: a plain LoRA on linear layers, neither quantised nor sharded."""
+        return self.peft_config is not None and self._views.unmergeable() is None
+
+    @property
+    def merges_exactly(self) -> bool:
+        """Whether merging rounds nothing but sums: every adapted weight is float32, the precision of the adapter."""
+        return self.can_merge and all(weight.dtype == torch.float32 for weight in self._views.weights())
+
+    def using(self, view: str | None = None, *, merged: bool = False) -> AbstractContextManager[None]:
+        """
+        Any of the kept views, or the policy itself, also inside another view.
+
+        Args:
+            view (`str`, *optional*):
+                One of `kept_views`; the policy if not given.
+            merged (`bool`, *optional*, defaults to `False`):
+                Whether the adapter is added to copies of the weights, for forwards without a gradient and without the
+                adapter's dropout. It costs the memory of the adapted layers, and rounds the weights to their own
+                dtype. Nothing changes where no adapter is on: in the base of a new one, and without any.
+
+        Raises:
+            `ValueError`: if the view is not kept, or its adapter cannot be merged.
+        """
+        if merged and self.peft_config is not None and (name := self._views.unmergeable()) is not None:
+            raise ValueError(
+                f"The adapter cannot be merged: {name}. That takes a plain LoRA on linear layers that are neither "
+                "quantised nor sharded. Use the view without `merged`."
+            )
+        return self._views.use(self._kept(view), merged)
+
     def base(self) -> AbstractContextManager[None]:
         """The model as it was before training."""
-        return self._use("base")
+        return self.using("base")
 
     def reference(self) -> AbstractContextManager[None]:
         """What the preference is measured against: the last refresh if there is such a view, else the base."""
-        return self._use("reference" if "reference" in self.views else "base")
+        return self.using("reference" if "reference" in self.views else "base")
 
     def old(self) -> AbstractContextManager[None]:
         """The fast moving average."""
-        return self._use("old")
+        return self.using("old")
 
     def ema(self) -> AbstractContextManager[None]:
         """The slow moving average."""
-        return self._use("ema")
+        return self.using("ema")
 
     def refresh_reference(self) -> None:
         """Make the policy's present weights the reference (GPO, every round)."""
@@ -261,7 +302,12 @@ class Policy:
             self.model, adapter_name=self._kept(view) or _POLICY, save_embedding_layers=False
         )
 
-    def save_pretrained(self, directory: str | Path, view: str | None = None) -> None:
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 has sharded the transformer. Then all processes must write at once: see `save`."""
+        return isinstance(self.transformer, FSDPModule)
+
+    def save_pretrained(self, directory: str | Path, view: str | None = None, *, write: bool = True) -> None:
         """
         Write one set of weights: a PEFT adapter folder, or without an adapter a diffusers model folder.
 
@@ -270,30 +316,48 @@ class Policy:
                 Where to; made if needed.
             view (`str`, *optional*):
                 The view to write; the policy itself if not given.
+            write (`bool`, *optional*, defaults to `True`):
+                See `save`.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        if write:
+            directory.mkdir(parents=True, exist_ok=True)
         if self.peft_config is None:
-            with self._use(view):
-                self.transformer.save_pretrained(directory)
-        else:
+            with self.using(view):
+                if self.is_sharded:
+                    state = {name: _whole(tensor, write) for name, tensor in self.transformer.state_dict().items()}
+                    if write:
+                        whole = self._class.from_config(self.transformer.config)
+                        whole.load_state_dict(state)
+                        whole.save_pretrained(directory)
+                elif write:
+                    self.transformer.save_pretrained(directory)
+        elif write:
             state = {name: tensor.contiguous().cpu() for name, tensor in self.lora_state_dict(view).items()}
             save_file(state, directory / _ADAPTER_FILE, metadata={"format": "pt"})
             self.peft_config.save_pretrained(directory)
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, *, write: bool = True) -> None:
         """
         Write policy and views for `load`: the policy in `directory`, each view in a folder of its name.
 
         The base is not among them: it never moves, and whoever resumes starts from the same model.
+
+        Args:
+            directory (`str` or `Path`):
+                Where to; made if needed.
+            write (`bool`, *optional*, defaults to `True`):
+                Whether this process writes. Of a sharded policy each process holds a part, and all must call this.
         """
         for view in self._moving():
             target = Path(directory) / (view or "")
             if self.peft_config is not None:
-                self.save_pretrained(target, view)
+                self.save_pretrained(target, view, write=write)
             else:
-                target.mkdir(parents=True, exist_ok=True)
-                save_file({n: t.contiguous().cpu() for n, t in self.tensors(view).items()}, target / _WEIGHTS_FILE)
+                state = {name: _whole(tensor, write) for name, tensor in self.tensors(view).items()}
+                if write:
+                    target.mkdir(parents=True, exist_ok=True)
+                    save_file(state, target / _WEIGHTS_FILE)
 
     def load(self, directory: str | Path) -> None:
         """
@@ -313,7 +377,7 @@ class Policy:
             if self.peft_config is None:
                 with torch.no_grad():
                     for name, tensor in mine.items():
-                        tensor.copy_(state[name])
+                        tensor.copy_(_beside(state[name], tensor))
             else:
                 set_peft_model_state_dict(self.model, state, adapter_name=view or _POLICY)
 
@@ -332,9 +396,6 @@ class Policy:
             )
         set_peft_model_state_dict(self.model, start.weights, adapter_name=_POLICY)
 
-    def _use(self, view: str | None) -> AbstractContextManager[None]:
-        return self._views.use(self._kept(view))
-
     def _moving(self) -> tuple[str | None, ...]:
         return (None, *(view for view in self.views if view != "base"))
 
@@ -346,11 +407,43 @@ class Policy:
 
     def _move(self, view: str, decay: float) -> None:
         # view <- decay * view + (1 - decay) * policy. Lerp with weight 1 is an exact copy.
-        mine, theirs = self.tensors(view), self.tensors()
+        mine, theirs = list(self.tensors(view).values()), list(self.tensors().values())
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(mine.values()), [theirs[name].to(t.dtype) for name, t in mine.items()], 1 - decay
-            )
+            torch._foreach_lerp_(mine, [tensor.to(t.dtype) for tensor, t in zip(theirs, mine, strict=True)], 1 - decay)
+
+
+class _Handles:
+    """Where weights stand: looked up once, read anew each time, since FSDP2 puts others in their places."""
+
+    def __init__(self, model: nn.Module, paths: dict[str, str]):
+        places = {name: path.rpartition(".") for name, path in paths.items()}
+        self.places = {name: (model.get_submodule(module), last) for name, (module, _, last) in places.items()}
+
+    def read(self) -> dict[str, Tensor]:
+        return {name: getattr(module, last) for name, (module, last) in self.places.items()}
+
+
+class _Loan:
+    """Other contents for parameters, for the length of a `with`."""
+
+    def __init__(self):
+        self.own: list[Tensor] | None = None  # the parameters' own, while others are lent
+
+    @contextmanager
+    def lend(self, parameters: list[Tensor], contents: list[Tensor] | None) -> Iterator[None]:
+        """Without `contents`, the parameters' own, also inside another loan."""
+        if contents is None and self.own is None:
+            yield
+            return
+        before, outer = [_contents(p) for p in parameters], self.own
+        if self.own is None:
+            self.own = before
+        try:
+            _put(parameters, self.own if contents is None else contents)
+            yield
+        finally:
+            _put(parameters, before)
+            self.own = outer
 
 
 class _Adapters:
@@ -362,61 +455,139 @@ class _Adapters:
         # Setting two flags on these is what PEFT's own set_adapter and disable_adapter come down to, without its walk
         # over every module and without its changes to requires_grad.
         self.layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        self.adapted = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.kept: set[str] = set()
+        self.handles = {_POLICY: self._find(_POLICY)}
+        self.loan = _Loan()
 
     def add(self, view: str) -> None:
-        self.kept.add(view)
         self.model.add_adapter(view, self.config)
         self.model.set_adapter(_POLICY)
+        self.handles[view] = self._find(view)
         with torch.no_grad():
-            for name, tensor in self.tensors(view).items():
-                tensor.copy_(self.tensors()[name])
+            for mine, theirs in zip(self.tensors(view).values(), self.tensors().values(), strict=True):
+                mine.copy_(theirs)
 
     def tensors(self, view: str | None = None) -> dict[str, Tensor]:
-        parameters = dict(self.model.named_parameters())
-        # The last part of a name that is the adapter's is the adapter's: before it may be a module of the same name.
-        parts = {name: name.rpartition(f".{_POLICY}") for name in self.names}
-        return {name: parameters[f"{head}.{view or _POLICY}{tail}"] for name, (head, _, tail) in parts.items()}
+        return self.handles[view or _POLICY].read()
 
     @contextmanager
-    def use(self, view: str | None) -> Iterator[None]:
+    def use(self, view: str | None, merged: bool = False) -> Iterator[None]:
+        name, off = view or _POLICY, view == "base" and "base" not in self.handles
+        merged = merged and not off
+        weights = self.weights() if merged or self.loan.own is not None else []
+        contents = self._merge(name, weights) if merged else None
         before = [(layer._active_adapter, layer._disable_adapters) for layer in self.layers]
         try:
             for layer in self.layers:
-                if view == "base" and "base" not in self.kept:
+                if off:
                     layer._disable_adapters = True
-                else:
-                    layer._active_adapter, layer._disable_adapters = [view or _POLICY], False
-            yield
+                else:  # what is merged is switched off; a whole saved module is not
+                    layer._active_adapter = [name]
+                    layer._disable_adapters = merged and isinstance(layer, BaseTunerLayer)
+            with self.loan.lend(weights, contents):
+                yield
         finally:
             for layer, (active, disabled) in zip(self.layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def weights(self) -> list[Tensor]:
+        return [layer.get_base_layer().weight for layer in self.adapted.values()]
+
+    def unmergeable(self) -> str | None:
+        """A layer that cannot be merged, in words."""
+        for name, layer in self.adapted.items():
+            base = layer.get_base_layer()
+            if type(layer) is not LoraLinear or not isinstance(base, nn.Linear):
+                return f"{name!r} is a {type(layer).__name__} on a {type(base).__name__}"
+            if type(base.weight) is not nn.Parameter or base.weight.dtype not in _MERGEABLE:
+                return f"the weight of {name!r} is a {type(base.weight).__name__} of {base.weight.dtype}"
+            if layer.lora_variant or any(layer.lora_bias.values()):
+                return f"the adapter of {name!r} is not a product of two matrices alone"
+        return None
+
+    def _merge(self, name: str, weights: list[Tensor]) -> list[Tensor]:
+        """New weights. Nothing here waits for the device."""
+        merged = []
+        own = [weight.data for weight in weights] if self.loan.own is None else self.loan.own
+        with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
+            for layer, weight in zip(self.adapted.values(), own, strict=True):
+                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                total = torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=layer.scaling[name])
+                merged.append(total.to(weight.dtype))
+        return merged
+
+    def _find(self, adapter: str) -> _Handles:
+        # The last part of a name that is the adapter's is the adapter's: before it may be a module of the same name.
+        parts = {name: name.rpartition(f".{_POLICY}") for name in self.names}
+        return _Handles(self.model, {name: f"{head}.{adapter}{tail}" for name, (head, _, tail) in parts.items()})
 
 
 class _Copies:
     """Views as frozen copies of all trainable weights."""
 
     def __init__(self, model: nn.Module):
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.model = model
+        self.handles = _Handles(model, {name: name for name, p in model.named_parameters() if p.requires_grad})
         self.copies: dict[str, dict[str, Tensor]] = {}
+        self.loan = _Loan()
 
     def add(self, view: str) -> None:
-        self.copies[view] = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.copies[view] = {name: p.detach().clone() for name, p in self.tensors().items()}
 
     def tensors(self, view: str | None = None) -> dict[str, Tensor]:
-        return self.parameters if view is None else self.copies[view]
+        _reshard(self.model)
+        parameters = self.handles.read()
+        if view is None:
+            return parameters
+        # The model may have been moved, or sharded, since they were made.
+        self.copies[view] = {name: _beside(copy, parameters[name]) for name, copy in self.copies[view].items()}
+        return self.copies[view]
 
     @contextmanager
-    def use(self, view: str | None) -> Iterator[None]:
-        before = {name: p.data for name, p in self.parameters.items()}
-        try:
-            for name, p in self.parameters.items():
-                p.data = p.data if view is None else self.copies[view][name]
-            yield
-        finally:
-            for name, p in self.parameters.items():
-                p.data = before[name]
+    def use(self, view: str | None, merged: bool = False) -> Iterator[None]:
+        contents = None if view is None else list(self.tensors(view).values())
+        with self.loan.lend(list(self.tensors().values()), contents):
+            try:
+                yield
+            finally:
+                _reshard(self.model)
+
+
+def _contents(parameter: Tensor) -> Tensor:
+    return parameter.detach().to_local().clone() if isinstance(parameter, DTensor) else parameter.data
+
+
+def _put(parameters: list[Tensor], contents: list[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, content in zip(parameters, contents, strict=True):
+            if isinstance(parameter, DTensor):  # FSDP2 gathers from this storage, whatever `data` is
+                parameter.to_local().copy_(content.to_local() if isinstance(content, DTensor) else content)
+            else:
+                parameter.data = content
+
+
+def _beside(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor where the parameter is, and sharded as it."""
+    if isinstance(parameter, DTensor) and not isinstance(tensor, DTensor):
+        # Every process has the whole of it, so none needs to send.
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor.to(parameter.device)
+
+
+def _whole(tensor: Tensor, keep: bool) -> Tensor | None:
+    """The tensor on the CPU. All processes must ask for a sharded one, also those that do not keep it."""
+    whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return whole.contiguous().cpu() if keep else None
+
+
+def _reshard(model: nn.Module) -> None:
+    # FSDP2 leaves the root's weights gathered after a forward, and would not gather them again.
+    if isinstance(model, FSDPModule):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _check_fit(what: object, state: dict[str, Tensor], mine: dict[str, Tensor]) -> None:

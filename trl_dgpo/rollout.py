@@ -3,10 +3,11 @@ What a round of rollouts leaves behind for training.
 
 `Rollout` holds exactly what an update reads: clean latents, conditioning, rewards, advantages and groups.
 Trajectories, noise and log-probabilities are not among them: the group objective noises `x0` afresh.
-`GroupRolloutBuffer` keeps one record for the length of a round and hands it out in whole groups.
+`GroupRolloutBuffer` keeps one record for the length of a round. A process may hold only some rollouts of a group: what
+concerns the whole group (its advantages, its size) is settled before the record is made.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,7 +18,10 @@ from torch import Tensor
 @dataclass(frozen=True, eq=False)
 class Rollout:
     """
-    The rollouts of whole groups, one row an image.
+    Rollouts of some groups, one row an image.
+
+    What the model reads lies on its device, the bookkeeping on the CPU, where it can be looked at without waiting for
+    that device.
 
     Args:
         x0 (`torch.Tensor` of shape `(B, C, H, W)`):
@@ -31,6 +35,9 @@ class Rollout:
         group_index (`torch.Tensor` of shape `(B,)`):
             Number of each rollout's group within the round, over all processes, in ascending order. Two groups of one
             prompt have two numbers.
+        group_sizes (`torch.Tensor` of shape `(N,)`, *optional*):
+            Valid rollouts of each whole group, wherever they are. Counted here if not given, which is right only where
+            no group is cut.
 
     Raises:
         `ValueError`: if the shapes do not fit one another or the groups are not in order.
@@ -41,6 +48,7 @@ class Rollout:
     rewards: Tensor
     advantages: Tensor
     group_index: Tensor
+    group_sizes: Tensor | None = None
 
     def __post_init__(self):
         sizes = {name: len(getattr(self, name)) for name in ("x0", "rewards", "advantages", "group_index")}
@@ -51,10 +59,14 @@ class Rollout:
             raise ValueError(f"A rollout needs one number an image, of shape (B,), but the shapes are {shapes}.")
         if (self.group_index.diff() < 0).any():
             raise ValueError("`group_index` must ascend, so that the rows of a group stand together.")
-        rows = {name: len(value) for name, value in self.conditioning.items()}
+        if self.group_sizes is None:
+            counted = torch.zeros_like(self.groups).index_add(0, self.local_index, self.valid.to(self.groups.dtype))
+            object.__setattr__(self, "group_sizes", counted)
+        rows = {name: len(value) for name, value in {**self.conditioning, "group_sizes": self.group_sizes}.items()}
         if any(count != self.num_groups for count in rows.values()):
             raise ValueError(
-                f"`conditioning` needs one row a group: {self.num_groups} groups, but the rows are {rows}."
+                "`conditioning` and `group_sizes` need one row a group: there are "
+                f"{self.num_groups} groups, but the rows are {rows}."
             )
 
     @cached_property
@@ -72,36 +84,36 @@ class Rollout:
         """Mask of the rollouts whose reward did not fail, `(B,)`."""
         return ~self.rewards.isnan()
 
-    @cached_property
-    def group_sizes(self) -> Tensor:
-        """Valid rollouts of each group, `(N,)`."""
-        return torch.zeros_like(self.groups).index_add(0, self.local_index, self.valid.to(self.groups.dtype))
-
     @property
     def num_groups(self) -> int:
         return len(self.groups)
 
     def part(self, index: int, num_parts: int) -> "Rollout":
         """
-        One of `num_parts` equal parts, in whole groups.
+        One of `num_parts` equal parts, consecutive rows; a group may be cut. The tensors are views.
 
         Raises:
-            `ValueError`: if the groups do not divide.
+            `ValueError`: if the rollouts do not divide.
         """
-        if self.num_groups % num_parts:
-            raise ValueError(
-                f"{self.num_groups} groups cannot be divided into {num_parts} equal parts of whole groups."
-            )
-        size = self.num_groups // num_parts
-        low, high = index * size, (index + 1) * size
-        rows = (self.local_index >= low) & (self.local_index < high)
+        count = len(self.group_index)
+        if count % num_parts:
+            raise ValueError(f"{count} rollouts cannot be divided into {num_parts} equal parts.")
+        size = count // num_parts
+        rows = slice(index * size, (index + 1) * size)
+        groups = slice(int(self.local_index[rows][0]), int(self.local_index[rows][-1]) + 1)
         return Rollout(
             x0=self.x0[rows],
-            conditioning={name: value[low:high] for name, value in self.conditioning.items()},
+            conditioning={name: value[groups] for name, value in self.conditioning.items()},
             rewards=self.rewards[rows],
             advantages=self.advantages[rows],
             group_index=self.group_index[rows],
+            group_sizes=self.group_sizes[groups],
         )
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same with what the model reads on a device."""
+        conditioning = {name: value.to(device) for name, value in self.conditioning.items()}
+        return replace(self, x0=self.x0.to(device), conditioning=conditioning)
 
     def state_dict(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -112,9 +124,11 @@ class Rollout:
 
 
 class Record(Protocol):
-    """What a buffer can hold: whole groups that can be divided, saved and restored."""
+    """What a buffer can hold: rollouts that can be divided, moved, saved and restored."""
 
     def part(self, index: int, num_parts: int) -> "Record": ...
+
+    def to(self, device: torch.device | str) -> "Record": ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -154,32 +168,16 @@ class GroupRolloutBuffer(Generic[RecordT]):
     def clear(self) -> None:
         self._record = self.round = None
 
-    def micro_batches(self, update: int, num_updates: int, num_micro_batches: int) -> list[RecordT]:
-        """
-        The groups of one optimiser step, in micro-batches of whole groups.
-
-        Args:
-            update (`int`):
-                Which of the round's parts, 0..num_updates-1.
-            num_updates (`int`):
-                Equal parts that a pass over the round has.
-            num_micro_batches (`int`):
-                Equal micro-batches of a part.
-
-        Returns:
-            `list` of records.
-        """
-        part = self.record.part(update, num_updates)
-        return [part.part(index, num_micro_batches) for index in range(num_micro_batches)]
-
     def state_dict(self) -> dict[str, Any]:
         """Tensors and integers alone, fit for `torch.save` and `torch.load(weights_only=True)`."""
         record = None if self._record is None else self._record.state_dict()
         return {"round": self.round, "record": record}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        """Restore what `state_dict` gave, with what the model reads on a device."""
+        record = state["record"]
         self.round = state["round"]
-        self._record = None if state["record"] is None else self.record_type.from_state_dict(state["record"])
+        self._record = None if record is None else self.record_type.from_state_dict(record).to(device)
 
 
 @dataclass(frozen=True, eq=False)

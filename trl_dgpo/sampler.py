@@ -135,15 +135,20 @@ class StreamSampler:
         return self._next()
 
 
-def local_groups(prompts_per_round: int, num_updates: int, process_index: int, num_processes: int) -> torch.Tensor:
+def local_rollouts(
+    prompts_per_round: int, num_generations: int, num_updates: int, process_index: int, num_processes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Numbers of the groups that one process rolls out and trains on.
+    Which of a round's rollouts one process samples and trains on.
 
-    Each of the round's `num_updates` parts is divided among the processes, so that every optimiser step sees the same
-    groups whatever the number of processes.
+    Each of the round's `num_updates` parts, whole groups, is divided equally among the processes in the order of its
+    rollouts, so that every optimiser step sees the same groups whatever the number of processes. A group may lie on
+    two processes or more.
 
     Returns:
-        `torch.Tensor` of shape `(prompts_per_round / num_processes,)`, int64, ascending.
+        `tuple` of two `torch.Tensor` of shape `(prompts_per_round * num_generations / num_processes,)`, int64: number
+        of each rollout's group, ascending, and its own number within the group.
     """
-    groups = torch.arange(prompts_per_round).view(num_updates, num_processes, -1)
-    return groups[:, process_index].flatten()
+    rollouts = torch.arange(prompts_per_round * num_generations).view(num_updates, num_processes, -1)
+    own = rollouts[:, process_index].flatten()
+    return own // num_generations, own % num_generations

@@ -22,7 +22,7 @@ def test_accumulation_counts_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(DGPOConfig, "world_size", 2)
     assert tiny_config(tmp_path).gradient_accumulation_steps == 2 * 2
     monkeypatch.setattr(DGPOConfig, "world_size", 3)
-    with pytest.raises(ValueError, match=r"1 x 3 x 1 = 3.*prompts_per_round=3 or 6"):
+    with pytest.raises(ValueError, match=r"16 images .* 3 processes .*prompts_per_round=3 or 6`, or 2 processes"):
         tiny_config(tmp_path)
 
 
@@ -30,11 +30,8 @@ def test_accumulation_counts_processes(tmp_path, monkeypatch):
     ("config", "message"),
     [
         ({"num_generations": 1}, "`num_generations` is 1; a group needs at least 2"),
-        (
-            {"per_device_train_batch_size": 6},
-            r"\(6\) must be a multiple of `num_generations` \(4\).* size of 4, .*=3`",
-        ),
-        ({"per_device_train_batch_size": 1}, r"\(1\) must be a multiple of `num_generations` \(4\).* size of 4\.$"),
+        ({"per_device_train_batch_size": 6}, r"\(6\) must divide .* \(16: 4 groups / 1 updates .* Use 4 or 8\.$"),
+        ({"per_device_train_batch_size": 32}, r"\(32\) must divide .* \(16: .* Use 16\.$"),
         ({"prompts_per_round": 5, "updates_per_round": 2}, r"`prompts_per_round` \(5\).*prompts_per_round=4 or 6"),
         ({"prompts_per_round": 1, "updates_per_round": 2}, r"`prompts_per_round` \(1\).*prompts_per_round=2`"),
         ({"gradient_accumulation_steps": 3}, "`gradient_accumulation_steps` is 3, but the round makes it 8.*unset"),

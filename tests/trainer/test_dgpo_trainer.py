@@ -5,6 +5,7 @@ Tests of equality start where things act: LoRA weights away from zero, so that g
 rows.
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -130,6 +131,9 @@ def first_step(tmp_path, *, scrambled=True, fault=None, **config):
         (16, 4, "surrogate", 0.1),
         (4, 4, "logsigmoid", 0.0),
         (8, 4, "logsigmoid", 0.1),
+        (1, 4, "surrogate", 0.0),
+        (2, 4, "surrogate", 0.1),
+        (1, 4, "logsigmoid", 0.1),
     ],
 )
 def test_gradient_is_the_definitions_whatever_the_micro_batches(
@@ -157,8 +161,14 @@ def fixed_gate(trainer):
 
 
 def noise_of_micro_batch(trainer):
-    honest = trainer._group_noise
-    trainer._group_noise = lambda groups, key: honest(torch.arange(len(groups)), key)
+    honest = trainer._noisy_batches
+
+    def fault(round, iteration, update):
+        for batch in honest(round, iteration, update):
+            groups = torch.arange(len(batch.noise))  # numbered within the micro-batch
+            yield dataclasses.replace(batch, noise=trainer._group_noise(groups, (round, iteration, batch.level)))
+
+    trainer._noisy_batches = lambda *step: list(fault(*step))
 
 
 @pytest.mark.parametrize("fault", [fixed_gate, noise_of_micro_batch])
@@ -370,9 +380,9 @@ def test_prompt_dropout_gives_some_groups_the_negative_prompt(tmp_path):
     def dropped(*key):
         return (trainer._conditioning(rollout, key)["pooled_projections"] == empty).all(1)
 
-    assert 0 < dropped(0, 0, 0).sum() < 8
-    assert torch.equal(dropped(0, 0, 0), dropped(0, 0, 1))  # a pass, not a level
-    assert not torch.equal(dropped(0, 0, 0), dropped(0, 1, 0))
+    assert 0 < dropped(0, 0).sum() < 8
+    assert torch.equal(dropped(0, 0), dropped(0, 0))
+    assert not torch.equal(dropped(0, 0), dropped(0, 1))
 
 
 @pytest.mark.parametrize("num_prompts", [1, 3, 9])
@@ -404,10 +414,15 @@ def test_any_number_of_prompts_fills_a_round(tmp_path, num_prompts):
 
 def test_rollouts_come_from_the_old_policy_when_it_is_time(tmp_path):
     trainer = tiny_trainer(tmp_path, old_policy_after=2, num_iterations=2, max_steps=4)
-    uses, old = [], trainer.policy.old
-    trainer.policy.old = lambda: uses.append(trainer.state.global_step) or old()
+    uses, using = [], trainer.policy.using
+
+    def watch(view=None, **how):
+        uses.append((trainer.state.global_step, view))
+        return using(view, **how)
+
+    trainer.policy.using = watch
     trainer.train()
-    assert uses == [2]
+    assert [use for use in uses if use[1] != "base"] == [(0, None), (2, "old")]
 
 
 def test_lora_dropout_is_off_but_where_the_policy_learns(tmp_path):

@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -47,7 +48,7 @@ from ..callbacks import (
 )
 from ..checkpoints import aside, publish, publish_files, restore_replaced, rotate
 from ..ddpo_compat import DDPOFields, GRPOFields, PromptStream
-from ..evaluation import evaluation_latents, evaluation_metrics
+from ..evaluation import evaluation_latents, evaluation_metrics, measure_images
 from ..hub import (
     RunDescription,
     is_repo_id,
@@ -125,7 +126,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.eval_scorer = scorer if eval_reward_funcs is None else RewardScorer(eval_reward_funcs)
         for name, dataset in _named(eval_dataset).items():
             self.eval_scorer.check(dataset_columns(name, dataset), REWARD_CONTEXT)
-        _check_best_metric(args, _named(eval_dataset))
+        _check_best_metric(args, eval_dataset)
 
         set_seed(args.seed)  # before the adapter draws its start
         start = self._load(model, args, quantization_config)
@@ -141,7 +142,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.policy.model.activation_checkpointing_enable = lambda **_: self.backbone.enable_gradient_checkpointing()
 
         self._metrics: dict[str, list[Tensor | float]] = defaultdict(list)
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._stopwatch = _Stopwatch(args.device)
         self._staging: Path | None = None  # where a checkpoint is being written
 
         super().__init__(
@@ -166,6 +167,13 @@ class DiffusionTrainer(_BaseTrainer):
                 args.ema_every,
                 " and saved" if args.save_ema else "",
             )
+
+    @property
+    def merges_adapter(self) -> bool:
+        """Whether rollouts run with the LoRA merged into the weights."""
+        if self.args.merge_adapter is not None:
+            return self.args.merge_adapter
+        return self.policy.merges_exactly and not (self.args.bf16 or self.args.fp16)
 
     def _views(self, args: DGPOConfig) -> tuple[str, ...]:
         """Views of the policy that the method uses, besides `ema`."""
@@ -282,9 +290,9 @@ class DiffusionTrainer(_BaseTrainer):
         num_steps: int,
         guidance_scale: float,
         step_noise: Callable[[slice, int], Tensor] | None = None,
-    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    ) -> Iterator[tuple[slice, Tensor, OnTheWay]]:
         """
-        A sub-batch at a time: its rows, clean latents on the device and uint8 images on the CPU.
+        A sub-batch at a time: its rows, clean latents on the device and uint8 images on their way to the CPU.
 
         The view to sample from is entered around the loop over this, not here: a generator that is left by an
         exception keeps what it has entered.
@@ -293,14 +301,14 @@ class DiffusionTrainer(_BaseTrainer):
             rows = slice(start, start + batch_size)
             with torch.no_grad(), self.accelerator.autocast():
                 clean = self.backbone.sample(
-                    latents[rows].to(self.args.device),
+                    _to_device(latents[rows], self.args.device),
                     self.backbone.encode(prompts[rows]),
                     num_steps=num_steps,
                     guidance_scale=guidance_scale,
                     step_noise=None if step_noise is None else lambda step, rows=rows: step_noise(rows, step),
                 )
             with torch.no_grad():
-                images = self.backbone.decode(clean).cpu()
+                images = OnTheWay.send(self.backbone.decode(clean))
             yield rows, clean.float(), images
 
     def _score(self, scorer: RewardScorer, images: Tensor, rows: list[dict]) -> Scores:
@@ -347,7 +355,8 @@ class DiffusionTrainer(_BaseTrainer):
                 num_steps=args.eval_num_steps,
                 guidance_scale=args.eval_guidance_scale,
             )
-            return torch.cat([images for *_, images in sampled])
+            sent = [images for *_, images in sampled]
+        return torch.cat([images.wait() for images in sent])
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -382,34 +391,38 @@ class DiffusionTrainer(_BaseTrainer):
         if rows:
             images = self.generate([row["prompt"] for row in rows], num_images=args.eval_num_images)
             rows = [row for row in rows for _ in range(args.eval_num_images)]
-            mine = [(self._score(self.eval_scorer, images, rows)._replace(extra={}), images)]
-        shards = gather_object(mine)  # not `extra`, which may be anything
-        metrics = evaluation_metrics(
-            Scores.cat([scores for scores, _ in shards]), torch.cat([images for _, images in shards]), prefix
-        )
+            # Numbers alone: not the pictures, and not `extra`, which may be anything.
+            mine = [(self._score(self.eval_scorer, images, rows)._replace(extra={}), measure_images(images))]
+        shards = gather_object(mine)
+        measures = {name: torch.cat([shard[name] for _, shard in shards]) for name in shards[0][1]}
+        metrics = evaluation_metrics(Scores.cat([scores for scores, _ in shards]), measures, prefix)
         return metrics | {f"{prefix}_runtime": round(time.perf_counter() - start, 4)}
 
     # -- logging ------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a training log: the means since the last one, NaN dropped
+        if "loss" in logs:  # a training log: the means since the last one, over all processes, NaN dropped
+            own = {}
             for name, values in self._metrics.items():
-                mean = torch.tensor([float(value) for value in values], dtype=torch.float64).nanmean().item()
-                if mean == mean:
-                    logs[name] = mean
+                if isinstance(values[0], Tensor):  # of one number or several, waited for all at once
+                    numbers = torch.cat([value.reshape(-1) for value in values]).cpu().double()
+                else:
+                    numbers = torch.tensor(values, dtype=torch.float64)
+                own[name] = (numbers.nansum().item(), (~numbers.isnan()).sum().item())
             self._metrics.clear()
+            shards = gather_object([own])
+            for name in dict.fromkeys(name for shard in shards for name in shard):
+                sums, counts = zip(*(shard[name] for shard in shards if name in shard), strict=True)
+                if any(counts):
+                    logs[name] = sum(sums) / sum(counts)
         super().log(logs, start_time)
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = self._clock()
-        yield
-        self._seconds[name] += self._clock() - start
-
-    def _clock(self) -> float:
-        if self.args.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter()
+    def end_update(self) -> None:
+        """Log the seconds of an optimiser step, with those of the round that it began."""
+        self._stopwatch.start(None)
+        for name, seconds in self._stopwatch.seconds.items():
+            self._metrics[f"time/{name}"].append(seconds)
+        self._stopwatch.reset()
 
     def _send_telemetry(self) -> None:
         """Nothing is sent: TRL's report reads a transformers configuration, which a diffusers model has not."""
@@ -447,7 +460,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _forget(self) -> None:
         self._metrics.clear()
-        self._seconds.clear()
+        self._stopwatch.reset()
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -641,6 +654,50 @@ class DiffusionTrainer(_BaseTrainer):
             self.push_in_progress = PushInProgress(jobs)
 
 
+@dataclass(frozen=True)
+class OnTheWay:
+    """Images whose copy to the host goes on while the device works."""
+
+    images: Tensor
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def send(cls, images: Tensor) -> OnTheWay:
+        if not images.is_cuda:
+            return cls(images.cpu(), None)
+        host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+        host.copy_(images, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return cls(host, arrived)
+
+    def wait(self) -> Tensor:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.images
+
+
+class _Stopwatch:
+    """Seconds of each phase. It waits for the device where a phase ends, and nowhere else."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._phase: str | None = None
+
+    def start(self, phase: str | None) -> None:
+        """End the present phase and begin another, or none."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        now = time.perf_counter()
+        if self._phase is not None:
+            self.seconds[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+
+
 class _ModelConfig(FrozenDict):
     """What Trainer's logging integrations ask of a model's configuration, which diffusers' own has not."""
 
@@ -659,12 +716,12 @@ class _MoveAverages(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         policy, step = self.trainer.policy, state.global_step
-        if self.trainer.accelerator.optimizer_step_was_skipped:
-            return
-        if "old" in policy.views:
-            policy.update_old(step)
-        if "ema" in policy.views and (step + 1) % args.ema_every == 0:
-            policy.update_ema(step)
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            if "old" in policy.views:
+                policy.update_old(step)
+            if "ema" in policy.views and (step + 1) % args.ema_every == 0:
+                policy.update_ema(step)
+        self.trainer.end_update()
 
 
 @contextmanager
@@ -725,6 +782,11 @@ def is_stream(dataset: Any) -> bool:
     return isinstance(dataset, Iterable) and not hasattr(dataset, "__len__") and not is_iterator
 
 
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    # From pageable memory a copy would wait for all that the device has to do.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _named(dataset: Any, name: str = "eval_dataset") -> dict[str, Any]:
     if isinstance(dataset, dict):
         return {f"{name}_{key}": value for key, value in dataset.items()}
@@ -770,10 +832,9 @@ def _check_arguments(model: Any, args: DGPOConfig, peft_config: Any, quantizatio
         )
 
 
-def _check_best_metric(args: DGPOConfig, eval_datasets: dict[str, Any]) -> None:
-    metric = args.metric_for_best_model
-    prefixes = [name.replace("eval_dataset", "eval", 1) for name in eval_datasets]
-    if metric is not None and eval_datasets:
+def _check_best_metric(args: DGPOConfig, eval_dataset: Any) -> None:
+    metric, prefixes = args.metric_for_best_model, list(_named(eval_dataset, "eval"))
+    if metric is not None and prefixes:
         full = metric if metric.startswith("eval_") else f"eval_{metric}"
         if not any(full.startswith(prefix + "_") for prefix in prefixes) or full == "eval_loss":
             raise ValueError(

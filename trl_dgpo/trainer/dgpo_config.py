@@ -1,5 +1,6 @@
 """What can be set of a DGPO run, and every check that needs no model."""
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,14 +30,34 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision` or `variant`,
             where `model` is a name.
 
+        > Parameters that control memory
+
+        offload_text_encoders (`bool`, *optional*, defaults to `True`):
+            Keep the text encoders on the CPU and move them to the device only while they encode prompts that were not
+            encoded before.
+        precompute_prompt_embeds (`bool`, *optional*, defaults to `False`):
+            Encode every prompt of the data sets before training, and keep the embeddings on disk in the cache of
+            `datasets`, where a later run finds them. 1.7 MB a prompt for SD3.5 in bfloat16.
+        decode_batch_size (`int`, *optional*):
+            Images decoded at a time: as many as make two megapixels if not set.
+        vae_tiling (`bool`, *optional*, defaults to `False`):
+            Decode in overlapping tiles, for images beyond what the device decodes whole. Tiles change pixels a little.
+        offload_reference (`bool`, *optional*, defaults to `False`):
+            Keep the frozen model's predictions, which the KL term needs until their micro-batch has its turn, on the
+            CPU.
+
         > Parameters that control the rollouts
 
         num_generations (`int`, *optional*, defaults to `24`):
             Images of a group, at least 2.
         prompts_per_round (`int`, *optional*, defaults to `24`):
-            Groups of a round, over all processes. Must be a multiple of `updates_per_round` x processes.
+            Groups of a round, over all processes. Must be a multiple of `updates_per_round`.
         sample_batch_size (`int`, *optional*):
             Images sampled at a time on one device. `num_generations` if not set.
+        merge_adapter (`bool`, *optional*):
+            Merge the LoRA into the weights while rollouts are sampled and the old policy predicts, which saves its
+            layers' time; the weights themselves stay as they are. If not set: where the forward computes in float32,
+            so that nothing is lost. In half precision a merged weight rounds the LoRA's small part off.
         sampler (`str`, *optional*, defaults to `"dpm"`):
             `"dpm"` (second-order DPM-Solver++), `"euler"` on the same levels, or `"sde"` (Flow-GRPO's stochastic
             steps, an ablation).
@@ -120,7 +141,9 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         save_ema (`bool`, *optional*, defaults to `True`):
             Save the `ema` weights in `output_dir`; `False` saves the live ones.
         per_device_train_batch_size (`int`, *optional*):
-            Images of a micro-batch, a multiple of `num_generations`. One group if not set.
+            Images of a micro-batch: any divisor of a process's images of an optimiser step. One group, or the next
+            smaller divisor, if not set. Where a micro-batch does not hold whole groups, the gates are computed
+            beforehand, at the cost of one more forward a level and image.
         gradient_accumulation_steps (`int`, *optional*):
             Derived: `prompts_per_round * num_generations / (updates_per_round * processes *
             per_device_train_batch_size) * num_train_timesteps`. Setting another value is an error.
@@ -135,10 +158,17 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             Learning rate schedule.
         logging_steps (`float`, *optional*, defaults to `1`):
             Optimiser steps between two logs. A step is hundreds of images, so 1.
+        torch_compile (`bool`, *optional*, defaults to `False`):
+            Compile the transformer's blocks, each once for all, for rollouts and updates; `torch_compile_backend` and
+            `torch_compile_mode` say how.
+        logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
+            Hide losses that are no numbers from the log. That waits for the device in every micro-step.
         ddp_find_unused_parameters (`bool`, *optional*, defaults to `False`):
             Every trained weight has a part in every backward, so there is nothing to find.
         remove_unused_columns (`bool`, *optional*, defaults to `False`):
             Columns of the data set are handed to the rewards, so all are kept.
+        allow_unverified_engine (`bool`, *optional*, defaults to `False`):
+            Try an engine (FSDP2, DeepSpeed) that nobody has run this trainer with yet.
 
         > Parameters that control evaluation
 
@@ -183,12 +213,16 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         default=False,
         metadata={"help": "Every trained weight has a part in every backward, so there is nothing to find."},
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Hide losses that are no numbers. That waits for the device in every micro-step."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Dataset columns are handed to the rewards, so all are kept."}
     )
     per_device_train_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Images of a micro-batch, a multiple of `num_generations`. One group if not set."},
+        metadata={"help": "Images of a micro-batch: any divisor of a process's share. One group if not set."},
     )
     gradient_accumulation_steps: int | None = field(
         default=None, metadata={"help": "Derived from the round; leave it unset."}
@@ -200,11 +234,30 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, such as `revision`."},
     )
 
+    # Parameters that control memory
+    offload_text_encoders: bool = field(
+        default=True, metadata={"help": "Keep the text encoders on the CPU but while they encode."}
+    )
+    precompute_prompt_embeds: bool = field(
+        default=False, metadata={"help": "Encode all prompts before training and keep the embeddings on disk."}
+    )
+    decode_batch_size: int | None = field(
+        default=None, metadata={"help": "Images decoded at a time, two megapixels of them if not set."}
+    )
+    vae_tiling: bool = field(default=False, metadata={"help": "Decode in overlapping tiles."})
+    offload_reference: bool = field(
+        default=False, metadata={"help": "Keep the frozen model's predictions on the CPU until they are needed."}
+    )
+
     # Parameters that control the rollouts
     num_generations: int = field(default=24, metadata={"help": "Images of a group, at least 2."})
     prompts_per_round: int = field(default=24, metadata={"help": "Groups of a round, over all processes."})
     sample_batch_size: int | None = field(
         default=None, metadata={"help": "Images sampled at a time on one device. `num_generations` if not set."}
+    )
+    merge_adapter: bool | None = field(
+        default=None,
+        metadata={"help": "Merge the LoRA into the weights for rollouts. If not set: where that loses nothing."},
     )
     sampler: str = field(default="dpm", metadata={"help": "Rollout sampler.", "choices": ["dpm", "euler", "sde"]})
     sigmas: str = field(default="dpm", metadata={"help": "Levels of the rollouts.", "choices": ["dpm", "model"]})
@@ -268,6 +321,9 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     ema_every: int = field(default=8, metadata={"help": "Optimiser steps between two moves of the `ema` weights."})
     save_ema: bool = field(default=True, metadata={"help": "Save the `ema` weights; the live ones otherwise."})
     shuffle_dataset: bool = field(default=True, metadata={"help": "Deal the prompts in a new order each epoch."})
+    allow_unverified_engine: bool = field(
+        default=False, metadata={"help": "Try FSDP2 or DeepSpeed, with which nobody has run this trainer yet."}
+    )
 
     # Parameters that control evaluation
     eval_num_steps: int = field(default=40, metadata={"help": "Sampling steps of evaluation images."})
@@ -315,14 +371,14 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         self._check_objective()
         self._check_rollouts()
         given_accumulation, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1
-        if self.per_device_train_batch_size is None:
-            self.per_device_train_batch_size = self.num_generations
+        given_batch_size = self.per_device_train_batch_size
+        self.per_device_train_batch_size = given_batch_size or self.num_generations
         if self.sample_batch_size is None:
             self.sample_batch_size = self.num_generations
         if self.eval_guidance_scale is None:
             self.eval_guidance_scale = self.sample_guidance_scale
         super().__post_init__()
-        self._check_split(given_accumulation)
+        self._check_split(given_batch_size, given_accumulation)
         finish_names(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -341,6 +397,21 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     def steps_per_round(self) -> int:
         """Optimiser steps of a round."""
         return self.num_iterations * self.updates_per_round
+
+    @property
+    def groups_per_update(self) -> int:
+        """Groups of an optimiser step, over all processes."""
+        return self.prompts_per_round // self.updates_per_round
+
+    @property
+    def is_group_cut(self) -> bool:
+        """Whether a group may lie in several micro-batches."""
+        return self.per_device_train_batch_size % self.num_generations != 0
+
+    @property
+    def is_group_shared(self) -> bool:
+        """Whether a group may lie on several processes."""
+        return self.groups_per_update * self.num_generations // self.world_size % self.num_generations != 0
 
     @property
     def micro_batches_per_update(self) -> int:
@@ -397,6 +468,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             "width",
             "max_sequence_length",
             "sample_batch_size",
+            "decode_batch_size",
             "per_device_train_batch_size",
             "max_workers",
             "log_images_steps",
@@ -419,31 +491,41 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
                 "use `timestep_sampling='continuous'`."
             )
 
-    def _check_split(self, given_accumulation: int | None) -> None:
-        group, batch = self.num_generations, self.per_device_train_batch_size
+    def _check_split(self, given_batch_size: int | None, given_accumulation: int | None) -> None:
         processes, updates, prompts = self.world_size, self.updates_per_round, self.prompts_per_round
-        if batch % group:
-            other = f", or `num_generations={_largest_divisor(batch, group)}`" if batch > 1 else ""
+        if prompts % updates:
             raise ValueError(
-                f"`per_device_train_batch_size` ({batch}) must be a multiple of `num_generations` ({group}): a group "
-                "must fit one micro-batch of one process. Use a batch size of "
-                f"{max(group, batch // group * group)}{other}."
+                f"`prompts_per_round` ({prompts}) must be a multiple of `updates_per_round` ({updates}): an optimiser "
+                f"step has whole groups. Use `prompts_per_round={_near_multiples(prompts, updates)}`, or "
+                f"`updates_per_round={_largest_divisor(prompts, updates)}`."
             )
-        unit = updates * processes * (batch // group)
-        if prompts % unit:
-            nearest = " or ".join(str(n) for n in (prompts // unit * unit, (prompts // unit + 1) * unit) if n)
+        images = prompts // updates * self.num_generations
+        if images % processes:
+            unit = updates * processes // math.gcd(processes, self.num_generations)
             raise ValueError(
-                f"`prompts_per_round` ({prompts}) must be a multiple of `updates_per_round` x processes x groups in a "
-                f"micro-batch ({updates} x {processes} x {batch // group} = {unit}), so that every optimiser step has "
-                f"equal shares. Use `prompts_per_round={nearest}`, or a smaller `per_device_train_batch_size`."
+                f"An optimiser step has {images} images ({prompts} groups / {updates} updates x "
+                f"{self.num_generations} images), which {processes} processes cannot share equally. Use "
+                f"`prompts_per_round={_near_multiples(prompts, unit)}`, or {_largest_divisor(images, processes)} "
+                "processes."
             )
-        derived = prompts // unit * self.num_train_timesteps
+        share = images // processes
+        if given_batch_size is None:
+            self.per_device_train_batch_size = _largest_divisor(share, self.num_generations)
+        batch = self.per_device_train_batch_size
+        if share % batch:
+            near = [n for n in (_largest_divisor(share, batch), _smallest_divisor(share, batch)) if n]
+            raise ValueError(
+                f"`per_device_train_batch_size` ({batch}) must divide a process's images of an optimiser step "
+                f"({share}: {prompts} groups / {updates} updates x {self.num_generations} images / {processes} "
+                f"processes). Use {' or '.join(map(str, near))}."
+            )
+        derived = share // batch * self.num_train_timesteps
         if given_accumulation not in (None, derived):
             raise ValueError(
                 f"`gradient_accumulation_steps` is {given_accumulation}, but the round makes it {derived}: {prompts} "
-                f"groups / ({updates} updates x {processes} processes x {batch // group} groups in a micro-batch) x "
-                f"{self.num_train_timesteps} levels. Leave it unset; `updates_per_round` sets the size of an "
-                "optimiser step."
+                f"groups x {self.num_generations} images / ({updates} updates x {processes} processes x {batch} "
+                f"images of a micro-batch) x {self.num_train_timesteps} levels. Leave it unset; `updates_per_round` "
+                "sets the size of an optimiser step."
             )
         self.gradient_accumulation_steps = derived
 
@@ -454,4 +536,12 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _largest_divisor(number: int, limit: int) -> int:
-    return max((n for n in range(2, min(number, limit) + 1) if number % n == 0), default=number)
+    return max(n for n in range(1, min(number, limit) + 1) if number % n == 0)
+
+
+def _smallest_divisor(number: int, limit: int) -> int | None:
+    return next((n for n in range(limit, number + 1) if number % n == 0), None)
+
+
+def _near_multiples(number: int, unit: int) -> str:
+    return " or ".join(str(n) for n in (number // unit * unit, (number // unit + 1) * unit) if n)

@@ -8,6 +8,7 @@ update.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections import deque
@@ -19,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -31,13 +32,13 @@ from transformers.trainer_callback import TrainerState
 from ..advantages import group_advantages, zero_variance
 from ..ddpo_compat import DDPOTrainerNames, modern_call
 from ..evaluation import nanstd
-from ..losses import GroupLoss, clip_errors, denoising_error, dgpo_loss, group_mean
+from ..losses import GroupLoss, clip_errors, denoising_error, dgpo_loss, group_mean, group_scores
 from ..noising import continuous_levels, trainable_levels
 from ..rewards.scoring import FailureWindow, RewardFunc, RewardScorer, Scores
 from ..rollout import GroupRolloutBuffer, Rollout, ScoredImages
-from ..sampler import GroupSampler, StreamSampler, local_groups
+from ..sampler import GroupSampler, StreamSampler, local_rollouts
 from ..seeding import generator
-from .base_trainer import REWARD_CONTEXT, DiffusionTrainer, dataset_columns, evaluating, is_stream
+from .base_trainer import REWARD_CONTEXT, DiffusionTrainer, OnTheWay, dataset_columns, evaluating, is_stream
 from .dgpo_config import DGPOConfig
 
 
@@ -190,9 +191,13 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             quantization_config=quantization_config,
         )
         self._levels = self._train_levels(self.args)
-        self._groups = local_groups(
-            args.prompts_per_round, args.updates_per_round, self.args.process_index, self.args.world_size
-        ).to(self.args.device)
+        self._group_index, self._number_in_group = local_rollouts(
+            args.prompts_per_round,
+            args.num_generations,
+            args.updates_per_round,
+            self.args.process_index,
+            self.args.world_size,
+        )
 
     # -- the round ----------------------------------------------------------------------------------------------------
 
@@ -216,19 +221,6 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         self._work.clear()
         self._failures = FailureWindow()
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        before = dict(self._seconds)
-        start = self._clock()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        elapsed = self._clock() - start
-        # What this step did besides updating has its own clock.
-        self._seconds["update"] += elapsed - sum(s - before.get(name, 0.0) for name, s in self._seconds.items())
-        if not self._work:
-            for name, seconds in self._seconds.items():
-                self._metrics[f"time/{name}"].append(seconds)
-            self._seconds.clear()
-        return loss
-
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
@@ -240,17 +232,23 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         errors = denoising_error(prediction, target)
         if args.clip_range is not None:
             errors, clipped = clip_errors(errors, step.old_errors, batch.advantages, args.clip_range)
-            self._metrics["clip_ratio"].append(clipped[batch.counts].float().mean())
-        group = self._group_loss(errors, step.reference_errors, batch.advantages, batch.group_index, **batch.sizes)
-        loss = group.loss
+            self._metrics["clip_ratio"].append(clipped.float() if batch.weighs else clipped[:0].float())
+        group = self._group_loss(
+            errors, step.reference_errors, batch.advantages, batch.group_index, scores=step.scores, **batch.sizes
+        )
+        loss = batch.share * group.loss
+        if step.scores is None:
+            self._metrics["objective"].append(batch.share * group.objective)
+            self._metrics["gate_mean"].append(group.gate[batch.learns])
+        elif args.loss_type == "logsigmoid":
+            loss = loss - loss.detach() + step.objective  # the value in the log, whatever the micro-batches
         if args.kl_coef:
-            divergence = denoising_error(prediction, step.base_prediction) * batch.counts
-            kl = group_mean(divergence, batch.group_index, **batch.sizes)
+            base_prediction = step.base_prediction.to(prediction.device)
+            divergence = denoising_error(prediction, base_prediction) * batch.weighs
+            kl = batch.share * group_mean(divergence, batch.group_index, **batch.sizes)
             # "logsigmoid" has a factor beta in its gradient; the KL term gets it too, to weigh the same.
             loss = loss + args.kl_coef * (args.beta if args.loss_type == "logsigmoid" else 1.0) * kl
             self._metrics["kl"].append(kl.detach())
-        self._metrics["objective"].append(group.objective)
-        self._metrics["gate_mean"].append(group.gate[batch.learns].mean())
         return loss
 
     def _group_loss(
@@ -267,8 +265,8 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         )
 
     @staticmethod
-    def _needs_reference(args: DGPOConfig) -> bool:
-        """Whether the group loss reads `reference_errors`."""
+    def _has_gate(args: DGPOConfig) -> bool:
+        """Whether the group loss has a gate, hence reads `reference_errors`."""
         return True
 
     def _begin_update(self) -> None:
@@ -286,14 +284,9 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             if "reference" in self.policy.views:
                 self.policy.refresh_reference()
             self._roll_out(round)
-        sigmas = self._draw_levels(round, iteration)
-        batches = [
-            self._noisy_batch(rollout, sigma, (round, iteration, level))
-            for rollout in self.buffer.micro_batches(update, args.updates_per_round, args.micro_batches_per_update)
-            for level, sigma in enumerate(sigmas)
-        ]
-        with self._timed("reference"):
-            self._work.extend(self._with_fixed(batches))
+        self._stopwatch.start("reference")
+        self._work.extend(self._with_fixed(self._noisy_batches(round, iteration, update)))
+        self._stopwatch.start("update")
 
     def _draw_levels(self, round: int, iteration: int) -> list[float]:
         """The levels of a pass, the same for every group."""
@@ -306,30 +299,56 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             drawn = continuous_levels(uniform, args.t_min, self.backbone.shift_factor)
         return drawn.tolist()
 
-    def _noisy_batch(self, rollout: Rollout, sigma: float, key: tuple[int, int, int]) -> _NoisyBatch:
+    def _noisy_batches(self, round: int, iteration: int, update: int) -> list[_NoisyBatch]:
+        """This process's micro-batches of an optimiser step, each at every level of the pass."""
+        args = self.args
+        part = self.buffer.record.part(update, args.updates_per_round)
+        part = dataclasses.replace(part, conditioning=self._conditioning(part, (round, iteration)))
+        sigmas = self._draw_levels(round, iteration)
+        # Drawn once for all micro-batches, which see their groups' rows of it.
+        noise = [self._group_noise(part.groups, (round, iteration, level)) for level in range(len(sigmas))]
+        batches, first = [], 0
+        for number in range(args.micro_batches_per_update):
+            micro_batch = part.part(number, args.micro_batches_per_update)
+            first = int(torch.searchsorted(part.groups, micro_batch.groups[0]))
+            of_groups = slice(first, first + micro_batch.num_groups)
+            shared = self._shared_fields(micro_batch, update * args.groups_per_update)
+            batches += [
+                _NoisyBatch(**shared, level=level, sigma=sigma, noise=noise[level][of_groups])
+                for level, sigma in enumerate(sigmas)
+            ]
+        return batches
+
+    def _shared_fields(self, rollout: Rollout, first_group: int) -> dict[str, Any]:
+        """What a micro-batch is at every level."""
+        args, device = self.args, self.args.device
         # Without a KL term a sample of advantage 0 (masked, or of a group without preference) changes nothing. One row
         # always stays, weighing nothing, so that every process takes part in every backward.
-        counts = rollout.valid if self.args.kl_coef else rollout.advantages != 0
-        rows = counts if counts.any() else torch.arange(len(counts), device=counts.device) == 0
+        rows = (rollout.valid if args.kl_coef else rollout.advantages != 0).nonzero()[:, 0]
+        if not (weighs := len(rows) > 0):
+            rows = torch.zeros(1, dtype=torch.long)
         index = rollout.local_index[rows]
-        return _NoisyBatch(
-            rollout=rollout,
-            rows=rows,
-            sigma=sigma,
-            noise=self._group_noise(rollout.groups, key),
-            conditioning=self._conditioning(rollout, key),
-            advantages=rollout.advantages[rows],
-            group_index=index,
-            counts=counts[rows],
-            learns=~zero_variance(rollout.rewards, rollout.local_index),
-            sizes={"group_sizes": rollout.group_sizes, "num_groups": rollout.num_groups},
-        )
+        weight = torch.zeros(rollout.num_groups).index_add(0, rollout.local_index, rollout.advantages.abs())
+        first = int(rollout.groups[0]) - first_group
+        return {
+            "x0": rollout.x0,
+            "rows": None if len(rows) == len(rollout.x0) else rows.to(device),
+            "conditioning": rollout.conditioning,
+            "advantages": rollout.advantages[rows].to(device),
+            "group_index": index.to(device),
+            "weighs": weighs,
+            "learns": weight.nonzero()[:, 0].to(device),
+            "sizes": {"group_sizes": rollout.group_sizes.to(device), "num_groups": rollout.num_groups},
+            "of_groups": slice(first, first + rollout.num_groups),
+            # Trainer takes the mean over micro-steps, DDP over processes, the loss over the groups of its call.
+            "share": rollout.num_groups * args.world_size * args.micro_batches_per_update / args.groups_per_update,
+        }
 
-    def _conditioning(self, rollout: Rollout, key: tuple[int, int, int]) -> dict[str, Tensor]:
+    def _conditioning(self, rollout: Rollout, key: tuple[int, int]) -> dict[str, Tensor]:
         if not self.args.prompt_dropout:
             return rollout.conditioning
         draws = [
-            torch.rand(1, generator=generator(self.args.seed, "dropout", *key[:2], g)) for g in rollout.groups.tolist()
+            torch.rand(1, generator=generator(self.args.seed, "dropout", *key, g)) for g in rollout.groups.tolist()
         ]
         dropped = (torch.cat(draws) < self.args.prompt_dropout).to(rollout.x0.device)
         empty = self.backbone.encode([self.args.negative_prompt])
@@ -339,38 +358,75 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         }
 
     def _with_fixed(self, batches: list[_NoisyBatch]) -> list[_MicroStep]:
-        """The no-grad predictions of an optimiser step, one pass a view, so that weights are switched once a pass."""
-        args, policy = self.args, self.policy
-        reference = args.reference if self._needs_reference(args) else None
+        """What does not move during an optimiser step, one pass a view, so that weights are switched once a pass."""
+        args, using = self.args, self.policy.using
+        reference = args.reference if self._has_gate(args) else None
         base_errors = old_errors = reference_errors = base_predictions = [None] * len(batches)
+        scores = objectives = base_errors
         if args.kl_coef or reference == "frozen":
-            base_errors, base_predictions = self._no_grad_pass(policy.base(), batches, args.reference_guidance_scale)
+            base_errors, base_predictions = self._no_grad_pass(
+                using("base"), batches, args.reference_guidance_scale, keep=bool(args.kl_coef)
+            )
         if args.clip_range is not None or reference == "old":
-            old_errors, _ = self._no_grad_pass(policy.old(), batches)
+            old_errors, _ = self._no_grad_pass(using("old", merged=self.merges_adapter), batches)
         if reference == "refreshed":
-            reference_errors, _ = self._no_grad_pass(policy.reference(), batches)
+            reference_errors, _ = self._no_grad_pass(using("reference"), batches)
         elif reference is not None:
             reference_errors = {"frozen": base_errors, "old": old_errors}[reference]
+        if reference is not None and args.is_group_cut:
+            errors, _ = self._no_grad_pass(using(), batches)
+            scores, objectives = self._whole_scores(batches, errors, reference_errors)
         return [
-            _MicroStep(*fixed) for fixed in zip(batches, reference_errors, old_errors, base_predictions, strict=True)
+            _MicroStep(*fixed)
+            for fixed in zip(batches, reference_errors, old_errors, base_predictions, scores, objectives, strict=True)
         ]
 
+    def _whole_scores(
+        self, batches: list[_NoisyBatch], errors: list[Tensor], reference_errors: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """For each batch the scores of its groups, over all micro-batches and processes, and its level's objective."""
+        args = self.args
+        scores = torch.zeros(args.num_train_timesteps, args.groups_per_update, device=args.device)
+        weights = torch.zeros(args.groups_per_update, device=args.device)
+        for batch, own, reference in zip(batches, errors, reference_errors, strict=True):
+            scores[batch.level, batch.of_groups] += group_scores(
+                own, reference, batch.advantages, batch.group_index, beta=args.beta, **batch.sizes
+            )
+            weights[batch.of_groups].index_add_(0, batch.group_index, batch.advantages.abs())
+        here = slice(batches[0].of_groups.start, batches[-1].of_groups.stop)
+        if args.is_group_shared:
+            scores, weights = self.accelerator.reduce(torch.cat([scores, weights[None]]), "sum").split(len(scores))
+            here = slice(None)
+        objectives = softplus(scores[:, here]).mean(1)
+        self._metrics["objective"].append(objectives)
+        gates = scores[:, here].sigmoid()
+        self._metrics["gate_mean"].append(gates.where(weights.reshape(-1)[here] > 0, torch.nan).flatten())
+        return [scores[batch.level, batch.of_groups] for batch in batches], [objectives[b.level] for b in batches]
+
     def _no_grad_pass(
-        self, view: AbstractContextManager, batches: list[_NoisyBatch], guidance_scale: float = 1.0
+        self,
+        view: AbstractContextManager,
+        batches: list[_NoisyBatch],
+        guidance_scale: float = 1.0,
+        *,
+        keep: bool = False,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Errors of every batch, and the predictions if they are to be kept."""
         errors, predictions = [], []
         with view, torch.no_grad(), evaluating(self.policy.model):
             for batch in batches:
                 prediction, target = self._predict(batch, guidance_scale=guidance_scale)
                 errors.append(denoising_error(prediction, target))
-                predictions.append(prediction if self.args.kl_coef else None)
-        return errors, predictions
+                if keep:
+                    predictions.append(prediction.cpu() if self.args.offload_reference else prediction)
+        return errors, predictions if keep else [None] * len(batches)
 
     def _predict(
         self, batch: _NoisyBatch, *, model: nn.Module | None = None, guidance_scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Prediction and target of a batch, which is noised here and now: kept for all batches it would fill a GPU."""
-        x0, noise = batch.rollout.x0[batch.rows], batch.noise[batch.group_index]
+        x0 = batch.x0 if batch.rows is None else batch.x0[batch.rows]
+        noise = batch.noise[batch.group_index]
         x_t = self.backbone.noise(x0, noise, batch.sigma)
         conditioning = {name: rows[batch.group_index] for name, rows in batch.conditioning.items()}
         # The prepared model casts by itself; the bare transformer does not.
@@ -381,37 +437,40 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         return prediction, self.backbone.target(x0, noise, batch.sigma)
 
     def _roll_out(self, round: int) -> None:
-        """Sample, score and keep one round: this process's groups of it."""
+        """Sample, score and keep one round: this process's rollouts of it."""
         args, device = self.args, self.args.device
-        rows = self.sampler.rows(round, self._groups.tolist())
+        self._stopwatch.start("rollout")
+        groups, index = self._group_index.unique(return_inverse=True)
+        rows = self.sampler.rows(round, groups.tolist())
         conditioning = self.backbone.encode([_checked_prompt(row) for row in rows])
-        group_index = self._groups.repeat_interleave(args.num_generations)
-        rows = [row for row in rows for _ in range(args.num_generations)]
-        x0, images, scores = self._sample_and_score(round, group_index, rows)
+        rows = [rows[i] for i in index.tolist()]
+        x0, images, scores = self._sample_and_score(round, rows)
         # Every process sees all rewards: batch statistics, the log and the decision to stop are the same in each.
-        rewards, groups = self._gather(scores.rewards), self._gather(group_index)
+        rewards, group_index = self._gather(scores.rewards), self._gather(self._group_index)
         self._failures.update(self._gather(scores.failed))
         if rewards.isnan().all():
             logger.warning("No reward applies to any image of round %d: nothing is learned from it.", round)
         advantages = group_advantages(
             rewards,
-            groups,
+            group_index,
             scale=args.scale_rewards,
             clip=args.advantage_clip,
             recenter_clipped=args.recenter_clipped,
         )
-        self._log_rewards(rewards, groups, advantages, {n: self._gather(v) for n, v in scores.by_name.items()})
+        self._log_rewards(rewards, group_index, advantages, {n: self._gather(v) for n, v in scores.by_name.items()})
         for name, values in scores.metrics.items():
             self._metrics[name] += values
         own = slice(args.process_index * len(rows), (args.process_index + 1) * len(rows))
         rollout = Rollout(
             x0=x0,
             conditioning=conditioning,
-            rewards=rewards[own].float().to(device),
-            advantages=advantages[own].float().to(device),
-            group_index=group_index,
+            rewards=rewards[own].float(),
+            advantages=advantages[own].float(),
+            group_index=self._group_index,
+            group_sizes=group_index[~rewards.isnan()].bincount(minlength=args.prompts_per_round)[groups],
         )
-        self.buffer.fill(rollout, round)
+        self.buffer.fill(rollout.to(device), round)
+        self._stopwatch.start("show")
         self._show(
             ScoredImages(
                 round=round,
@@ -420,18 +479,17 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
                 rewards=scores.rewards,
                 by_name=scores.by_name,
                 advantages=advantages[own],
-                group_index=group_index.cpu(),
+                group_index=self._group_index,
                 extra=scores.extra,
             )
         )
 
-    def _sample_and_score(self, round: int, group_index: Tensor, rows: list[dict]) -> tuple[Tensor, Tensor, Scores]:
+    def _sample_and_score(self, round: int, rows: list[dict]) -> tuple[Tensor, Tensor, Scores]:
         args = self.args
         use_old = args.old_policy_after is not None and self.state.global_step >= args.old_policy_after
-        keys = [(group, number % args.num_generations) for number, group in enumerate(group_index.tolist())]
-        streams = [generator(args.seed, "latents", round, *key) for key in keys]
+        keys = list(zip(self._group_index.tolist(), self._number_in_group.tolist(), strict=True))
         sampled = self._sample(
-            torch.stack([torch.randn(self._latent_shape, generator=stream) for stream in streams]),
+            self._draw(("latents", round), keys),
             [row["prompt"] for row in rows],
             batch_size=args.sample_batch_size,
             num_steps=args.sample_num_steps,
@@ -441,35 +499,42 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         x0, images = [], []
         with ThreadPoolExecutor(args.max_workers) as pool:
             scoring = []
-            with self._timed("rollout"), self.policy.old() if use_old else nullcontext():
+            with self.policy.using("old" if use_old else None, merged=self.merges_adapter):
                 for part, clean, pictures in sampled:
                     x0.append(clean)
                     images.append(pictures)
                     if args.async_reward_computation:
-                        scoring.append(pool.submit(self._score, self.scorer, pictures, rows[part]))
-            with self._timed("reward"):
-                if args.async_reward_computation:
-                    scores = Scores.cat([future.result() for future in scoring])
-                else:
-                    scores = self._score(self.scorer, torch.cat(images), rows)
-        return torch.cat(x0), torch.cat(images), scores
+                        scoring.append(pool.submit(self._score_arriving, pictures, rows[part]))
+            self._stopwatch.start("reward")
+            if args.async_reward_computation:
+                scores = Scores.cat([future.result() for future in scoring])
+                images = torch.cat([pictures.wait() for pictures in images])
+            else:
+                images = torch.cat([pictures.wait() for pictures in images])
+                scores = self._score(self.scorer, images, rows)
+        return torch.cat(x0), images, scores
+
+    def _score_arriving(self, pictures: OnTheWay, rows: list[dict]) -> Scores:
+        return self._score(self.scorer, pictures.wait(), rows)
 
     def _show(self, scored: ScoredImages) -> None:
-        listeners = [callback for callback in self.callback_handler.callbacks if hasattr(callback, "on_rollout")]
-        with self._timed("show") if listeners else nullcontext():
-            for callback in listeners:
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "on_rollout"):
                 callback.on_rollout(self.args, self.state, self.control, scored=scored, trackers=self.trackers)
 
     def _step_noise(self, round: int, keys: list[tuple[int, int]]) -> Callable[[slice, int], Tensor]:
-        def draw(rows: slice, step: int) -> Tensor:
-            streams = [generator(self.args.seed, "step_noise", round, *key, step) for key in keys[rows]]
-            return torch.stack([torch.randn(self._latent_shape, generator=s) for s in streams]).to(self.args.device)
-
-        return draw
+        return lambda rows, step: self._draw(("step_noise", round), [(*key, step) for key in keys[rows]]).to(
+            self.args.device
+        )
 
     def _group_noise(self, groups: Tensor, key: tuple[int, int, int]) -> Tensor:
-        streams = [generator(self.args.seed, "noise", *key, group) for group in groups.tolist()]
-        return torch.stack([torch.randn(self._latent_shape, generator=s) for s in streams]).to(self.args.device)
+        return self._draw(("noise", *key), [(group,) for group in groups.tolist()]).to(self.args.device)
+
+    def _draw(self, stream: tuple, keys: list[tuple[int, ...]]) -> Tensor:
+        """Standard normal latents, one a key: neither micro-batch nor process is ever part of one."""
+        return torch.stack(
+            [torch.randn(self._latent_shape, generator=generator(self.args.seed, *stream, *key)) for key in keys]
+        )
 
     def _log_rewards(self, rewards: Tensor, groups: Tensor, advantages: Tensor, by_name: dict[str, Tensor]) -> None:
         spread = [nanstd(rewards[groups == group]) for group in groups.unique()]
@@ -491,8 +556,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         path = self._buffer_file(resume_from_checkpoint)
         if path.is_file():
             # Not onto the device at once: `torch.load` knows no "cpu:0", which one of two processes has.
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self.buffer.load_state_dict(send_to_device(state, self.args.device))
+            self.buffer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), self.args.device)
         # A stream is read on to where it stood. Trainer restores the global random state after this, so that a prompt
         # function which draws from it goes on as well as one that counts.
         step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
@@ -519,31 +583,34 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         return kept
 
     def _views(self, args: DGPOConfig) -> tuple[str, ...]:
-        needs_reference = self._needs_reference(args)
+        has_gate = self._has_gate(args)
         used = {
             "old": args.clip_range is not None
             or args.old_policy_after is not None
-            or (needs_reference and args.reference == "old"),
-            "reference": needs_reference and args.reference == "refreshed",
-            "base": bool(args.kl_coef) or (needs_reference and args.reference == "frozen"),
+            or (has_gate and args.reference == "old"),
+            "reference": has_gate and args.reference == "refreshed",
+            "base": bool(args.kl_coef) or (has_gate and args.reference == "frozen"),
         }
         return tuple(view for view, is_used in used.items() if is_used)
 
 
 @dataclass(frozen=True)
 class _NoisyBatch:
-    """The rows of one micro-batch that are trained on, at one level."""
+    """One micro-batch at one level. Tensors of many elements are views of what all batches share."""
 
-    rollout: Rollout
-    rows: Tensor  # mask of the rollouts that are trained on
+    x0: Tensor
+    rows: Tensor | None  # of those that are trained on; all if None
+    level: int
     sigma: float
     noise: Tensor  # one draw a group and level
     conditioning: dict[str, Tensor]  # one row a group, expanded when it is used: a row of SD3 has megabytes
     advantages: Tensor
     group_index: Tensor
-    counts: Tensor  # rows that weigh in the loss; a row kept for the backward's sake does not
-    learns: Tensor  # (N,), groups with a preference
+    weighs: bool  # a row that is there for the backward's sake alone does not
+    learns: Tensor  # groups with a preference
     sizes: dict[str, Any]
+    of_groups: slice  # its groups among those of the optimiser step
+    share: float  # factor that makes the mean over all micro-batches the mean over all groups
 
 
 @dataclass(frozen=True)
@@ -554,6 +621,8 @@ class _MicroStep:
     reference_errors: Tensor | None
     old_errors: Tensor | None
     base_prediction: Tensor | None
+    scores: Tensor | None  # of whole groups, where the batch has only parts of them
+    objective: Tensor | None  # mean over the groups of the level
 
 
 def _checked_prompt(row: Any) -> str:

@@ -52,5 +52,5 @@ class GPOTrainer(DGPOTrainer):
         )
 
     @staticmethod
-    def _needs_reference(args: GPOConfig) -> bool:
+    def _has_gate(args: GPOConfig) -> bool:
         return args.loss_type == "logsigmoid"
