@@ -31,6 +31,7 @@ OVERRIDDEN = (
     "evaluate",
     "log",
     "_send_telemetry",
+    "_build_accelerator_args",
     "_save",
     "_save_rng_state",
     "_save_checkpoint",

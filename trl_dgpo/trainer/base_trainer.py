@@ -58,6 +58,7 @@ from ..hub import (
     write_model_card,
 )
 from ..policy import Adapter, Policy, lora_config, read_adapter, take_adapter
+from ..prompt_embeds import precompute
 from ..rewards.scoring import RewardFunc, RewardScorer, Scores
 from ..tiny import tiny_pipeline_path
 from .dgpo_config import DGPOConfig
@@ -127,6 +128,11 @@ class DiffusionTrainer(_BaseTrainer):
         for name, dataset in _named(eval_dataset).items():
             self.eval_scorer.check(dataset_columns(name, dataset), REWARD_CONTEXT)
         _check_best_metric(args, eval_dataset)
+        if args.precompute_prompt_embeds and is_stream(train_dataset):
+            raise ValueError(
+                "`precompute_prompt_embeds` encodes every prompt before training, and `train_dataset` gives them only "
+                "as it goes on. Turn that off, or give a `datasets.Dataset`."
+            )
 
         set_seed(args.seed)  # before the adapter draws its start
         start = self._load(model, args, quantization_config)
@@ -138,6 +144,10 @@ class DiffusionTrainer(_BaseTrainer):
         self.policy = Policy(self.backbone.transformer, peft_config, views, start)
         if peft_config is not None:  # PEFT has asked the transformer, which is only a part of the model
             peft_config.base_model_name_or_path, peft_config.revision = self.base_model, self._base_revision
+        if args.merge_adapter:
+            self.policy.using(merged=True)  # which says why, where it cannot be
+        if args.torch_compile:
+            self.backbone.compile_blocks(args.torch_compile_backend, args.torch_compile_mode)
         # Trainer asks the model for this; diffusers has it under another name.
         self.policy.model.activation_checkpointing_enable = lambda **_: self.backbone.enable_gradient_checkpointing()
 
@@ -154,7 +164,9 @@ class DiffusionTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.backbone.pipeline.to(self.args.device)
+        self.backbone.place(self.args.device)
+        if self.args.precompute_prompt_embeds:
+            self._precompute_prompt_embeds()
         self.add_callback(_MoveAverages(self))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback)
@@ -252,12 +264,29 @@ class DiffusionTrainer(_BaseTrainer):
             sigmas=args.sigmas,
             max_sequence_length=args.max_sequence_length,
             negative_prompt=args.negative_prompt,
+            offload_text_encoders=args.offload_text_encoders,
+            decode_batch_size=args.decode_batch_size,
+            vae_tiling=args.vae_tiling,
         )
         # A folder of this installation would name nothing elsewhere.
         self._base_revision = revision
         name = _BUNDLED if model == _BUNDLED else self.backbone.pipeline.config.get("_name_or_path")
         self.base_model = None if name is None else os.fspath(name)
         return start
+
+    def _precompute_prompt_embeds(self) -> None:
+        datasets = [self.train_dataset, *_named(self.eval_dataset).values()]
+        prompts = [row["prompt"] for dataset in datasets for row in iter_rows(dataset)]
+        with self.args.main_process_first(desc="encoding prompts"):  # the others find them on disk
+            self.backbone.prompt_embeds = precompute(
+                [*prompts, self.args.negative_prompt], self.backbone.encode, key=self.backbone.embeds_key()
+            )
+
+    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
+        arguments = super()._build_accelerator_args(**kwargs)
+        # `torch_compile` is of the blocks here, in place, for rollouts too; not of what Accelerate wraps.
+        arguments.pop("dynamo_plugin", None)
+        return arguments
 
     def _adapter_config(
         self, args: DGPOConfig, peft_config: LoraConfig | None, start: Adapter | None
