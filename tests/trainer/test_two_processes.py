@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +29,9 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     logs = {name: json.loads((tmp_path / f"{name}.0.json").read_text()) for name in launchers}
     for mine, theirs in zip(logs["one"], logs["two"], strict=True):
         assert mine.keys() == theirs.keys()
-        for key in mine.keys() & {"reward", "reward_std", "frac_reward_zero_std", "eval_reward", "eval_num_images"}:
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-6)
+        # Every number is of both processes' images, but for the seconds.
+        for key in [key for key in mine if not re.search("time|second", key)]:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
     assert (tmp_path / "two" / "pytorch_lora_weights.safetensors").is_file()
 
 

@@ -1,0 +1,112 @@
+"""Options that save memory or time: what is learned stays the same, to the bit where nothing is rounded otherwise."""
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_trainers import relative_error, rewards_by_position, same, scramble, tiny_trainer, weights
+
+from trl_dgpo import GPOTrainer
+
+
+REWARDS = rewards_by_position(0.1, 0.9, 0.3, 0.2, 1.0, 0.0, 0.4, 0.3, 0.5, 0.2, 0.6, 0.1, 0.0, 0.0, 0.0, 1.0)
+ACTIVE = {"reward_funcs": REWARDS, "clip_range": 1e-3, "kl_coef": 0.1, "old_policy_after": 1, "max_steps": 2}
+ACTIVE["sample_batch_size"] = 16  # rewards by position want all images in one call
+
+
+def trained(tmp_path, trainer_class=None, **config):
+    trainer = tiny_trainer(tmp_path, *([trainer_class] if trainer_class else []), **{**ACTIVE, **config})
+    scramble(trainer)
+    if "old" in trainer.policy.views:
+        scramble(trainer, "old", seed=1)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return weights(trained(tmp_path_factory.mktemp("plain")))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"offload_reference": True},
+        {"offload_text_encoders": False},
+        {"decode_batch_size": 1},
+        {"async_reward_computation": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+    ],
+)
+def test_the_weights_are_the_same_to_the_bit(tmp_path, plain, option):
+    assert same(weights(trained(tmp_path, **option)), plain)
+
+
+def test_merging_rounds_and_nothing_else(tmp_path, plain):
+    unmerged = weights(trained(tmp_path, merge_adapter=False))
+    assert relative_error(unmerged, plain) < 1e-5
+    assert not same(unmerged, plain)  # so the plain one was merged
+
+
+@pytest.mark.parametrize(
+    ("config", "merges"),
+    [
+        ({}, True),
+        ({"bf16": True}, False),
+        ({"bf16": True, "merge_adapter": True}, True),
+        ({"merge_adapter": False}, False),
+        ({"full_finetuning": True}, False),
+        ({"peft_config": LoraConfig(r=2, use_dora=True)}, False),
+    ],
+)
+def test_the_adapter_is_merged_where_that_loses_nothing(tmp_path, config, merges):
+    assert tiny_trainer(tmp_path, **config).merges_adapter is merges
+
+
+def test_what_cannot_be_merged_is_told_before_anything_is_sampled(tmp_path):
+    with pytest.raises(ValueError, match=r"The adapter cannot be merged: .*Use the view without `merged`"):
+        tiny_trainer(tmp_path, merge_adapter=True, peft_config=LoraConfig(r=2, use_dora=True))
+
+
+def test_compiled_are_the_blocks_and_nothing_around_them(tmp_path):
+    trainer = tiny_trainer(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    assert all(block._compiled_call_impl is not None for block in trainer.backbone.transformer.transformer_blocks)
+    assert trainer.backbone.transformer._compiled_call_impl is None
+    trainer.train()
+    assert not isinstance(trainer.model_wrapped, torch._dynamo.eval_frame.OptimizedModule)
+
+
+def encoder_calls(trainer) -> list:
+    calls = []
+    trainer.backbone.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_prompts_encoded_before_training_are_never_encoded_again(tmp_path, plain, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for run in ("first", "second"):
+        trainer = tiny_trainer(tmp_path / run, precompute_prompt_embeds=True, **ACTIVE)
+        trainer.backbone._encoded.clear()  # what is remembered besides
+        calls = encoder_calls(trainer)
+        scramble(trainer)
+        scramble(trainer, "old", seed=1)
+        trainer.train()
+        assert not calls
+        assert same(weights(trainer), plain)
+
+
+def test_a_stream_cannot_be_encoded_beforehand(tmp_path):
+    stream = datasets.Dataset.from_dict({"prompt": ["a", "b"]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"`precompute_prompt_embeds` .* only as it goes on"):
+        tiny_trainer(tmp_path, train_dataset=stream, precompute_prompt_embeds=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_gpos_linear_loss_needs_no_gates_whatever_the_micro_batches(tmp_path, batch_size):
+    config = {"prompts_per_round": 3, "reward_funcs": rewards_by_position(*range(12)), "kl_coef": 0, "max_steps": 1}
+    config["clip_range"] = None
+    whole = trained(tmp_path, GPOTrainer, per_device_train_batch_size=12, **config)
+    split = trained(tmp_path, GPOTrainer, per_device_train_batch_size=batch_size, **config)
+    assert relative_error(weights(split), weights(whole)) < 1e-5
+    for name in ("loss", "objective", "reward", "grad_norm"):
+        assert split.state.log_history[0][name] == pytest.approx(whole.state.log_history[0][name], rel=1e-4)
