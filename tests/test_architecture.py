@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "trl_dgpo"
 
 # A name is a file or a folder at the package's top. What is not there yet is only planned.
 FLOORS = [
-    {"noising", "advantages", "losses", "rollout", "seeding"},
+    {"noising", "advantages", "losses", "rollout", "seeding", "run_files"},
     {"policy", "backbones", "rewards", "prompts", "prompt_embeds", "rollout_dataset", "sampler", "tiny"},
     {"ddpo_compat", "hub", "callbacks", "checkpoints", "evaluation", "report", "engines", "plan"},
     {"trainer"},

@@ -1,77 +1,18 @@
+"""Of a run's checkpoints those stay that are asked for, each of them whole."""
+
 import os
 from pathlib import Path
 
 import pytest
 
-from trl_dgpo.checkpoints import aside, publish, publish_files, restore_replaced, rotate
+from trl_dgpo.checkpoints import rotate
+from trl_dgpo.run_files import restore_replaced
 
 
 def folder(path: Path, text: str) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     (path / "file").write_text(text)
     return path
-
-
-def test_a_folder_aside_is_empty_and_beside_its_target(tmp_path):
-    folder(tmp_path / "_target", "left by a kill")
-    path = aside(tmp_path / "target")
-    assert path == tmp_path / "_target"
-    assert not list(path.iterdir())
-
-
-def test_publishing_gives_the_name(tmp_path):
-    publish(folder(tmp_path / "_new", "new"), tmp_path / "target")
-    assert (tmp_path / "target" / "file").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-def test_publishing_replaces(tmp_path):
-    folder(tmp_path / "target", "old")
-    publish(folder(tmp_path / "_new", "new"), tmp_path / "target")
-    assert (tmp_path / "target" / "file").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-@pytest.mark.parametrize("killed_at", [1, 2])
-def test_a_kill_between_two_renames_loses_nothing(tmp_path, monkeypatch, killed_at):
-    """Whichever of the renames is the last that happened, a whole folder is there after `restore_replaced`."""
-    target = folder(tmp_path / "target", "old")
-    new = folder(tmp_path / "_new", "new")
-    calls, rename = [], Path.rename
-
-    def killed(self, other):
-        calls.append(self)
-        if len(calls) > killed_at:
-            raise KeyboardInterrupt
-        return rename(self, other)
-
-    def killed_cleanup(*args, **kwargs):
-        if len(calls) >= killed_at:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "rename", killed)
-    monkeypatch.setattr("trl_dgpo.checkpoints.shutil.rmtree", killed_cleanup)
-    with pytest.raises(KeyboardInterrupt):
-        publish(new, target)
-    monkeypatch.undo()
-    assert len(calls) >= killed_at
-    restore_replaced(tmp_path)
-    assert (target / "file").read_text() == {1: "old", 2: "new"}[killed_at]
-    assert not list(tmp_path.glob("_replaced-*"))
-
-
-def test_files_are_moved_over_those_of_their_names_and_no_others(tmp_path):
-    target = folder(tmp_path / "target", "old")
-    (target / "user.txt").write_text("kept")
-    new = folder(tmp_path / "_new", "new")
-    folder(new / "deep" / "er", "new")
-    publish_files(new, target)
-    assert {path.relative_to(target).as_posix(): path.read_text() for path in target.rglob("*") if path.is_file()} == {
-        "file": "new",
-        "user.txt": "kept",
-        "deep/er/file": "new",
-    }
-    assert not new.exists()
 
 
 @pytest.mark.parametrize(
@@ -102,7 +43,7 @@ def test_a_kill_while_removing_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trl_dgpo.checkpoints.shutil.rmtree", killed)
+    monkeypatch.setattr("shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         rotate(tmp_path, 1)
     monkeypatch.undo()

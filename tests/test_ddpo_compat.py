@@ -5,7 +5,7 @@ import json
 import re
 import warnings
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -352,7 +352,7 @@ def test_the_documented_flags_are_one_group_of_24_and_one_update():
         warnings.simplefilter("always")
         config = parse(*DOCUMENTED)
     assert (config.num_generations, config.prompts_per_round, config.updates_per_round) == (24, 1, 1)
-    assert (config.per_device_train_batch_size, config.sample_batch_size, config.max_steps) == (24, 6, 200)
+    assert (config.per_device_train_batch_size, config.sample_batch_size, config.max_steps) == (3, 6, 200)
     assert (config.sample_num_steps, config.project, config.report_to) == (
         50,
         "stable_diffusion_training",
@@ -364,6 +364,7 @@ def test_the_documented_flags_are_one_group_of_24_and_one_update():
     )
     assert "1 group of 24 images" in sizes
     assert "`updates_per_round` is 1" in sizes
+    assert "`per_device_train_batch_size`" not in sizes
     assert "`per_prompt_stat_tracking_buffer_size` (32)" in statistics
 
 
@@ -381,11 +382,22 @@ def test_the_documented_flags_are_one_group_of_24_and_one_update():
         ),
         # 30 images: 15 is their largest divisor up to 24
         ({"sample_batch_size": 6, "sample_num_batches_per_epoch": 5}, 1, (15, 2, 1, None), True),
-        # four processes: as many groups again; a group's size knows nothing of it
+        # four processes: as many groups again
         ({"sample_batch_size": 6, "sample_num_batches_per_epoch": 8}, 4, (24, 8, 1, None), False),
+        # four times 30 images are groups of 24, of which no process has a whole number
+        ({"sample_batch_size": 6, "sample_num_batches_per_epoch": 5}, 4, (24, 5, 1, None), False),
+        # two groups of 15 on two processes: an optimiser step of one group could not be shared
+        (
+            {"sample_batch_size": 5, "sample_num_batches_per_epoch": 3, "num_generations": 15, "train_batch_size": 5},
+            2,
+            (15, 2, 1, 5),
+            True,
+        ),
+        # one group for two processes, 12 images each, in micro-batches of 4
+        ({"sample_batch_size": 6, "sample_num_batches_per_epoch": 2, "train_batch_size": 4}, 2, (24, 1, 1, 4), True),
         # a group size of one's own
         ({"sample_batch_size": 6, "sample_num_batches_per_epoch": 4, "num_generations": 4}, 1, (4, 6, 1, None), False),
-        # 24 images in updates of 12: two of three groups each, micro-batches of one group
+        # 24 images in updates of 12: two of three groups each, micro-batches as they were
         (
             {
                 "sample_batch_size": 6,
@@ -398,7 +410,7 @@ def test_the_documented_flags_are_one_group_of_24_and_one_update():
             (4, 6, 2, 4),
             False,
         ),
-        # updates of 5 images: at most 4 wished, 3 divide six groups; of their two groups a micro-batch has one
+        # updates of 5 images: at most 4 wished, 3 divide six groups; of their 8 images a micro-batch has 4
         (
             {"sample_batch_size": 6, "sample_num_batches_per_epoch": 4, "num_generations": 4, "train_batch_size": 5},
             1,
@@ -410,11 +422,14 @@ def test_the_documented_flags_are_one_group_of_24_and_one_update():
         ({"train_gradient_accumulation_steps": 48}, 1, (24, 24, 12, None), False),
         # 24 groups on two processes: 12 each, of which six updates of two
         ({"train_batch_size": 24, "train_gradient_accumulation_steps": 2}, 2, (24, 24, 6, 24), False),
+        # micro-batches of 5 do not divide the 24 images of an update, those of 4 do
+        ({"train_batch_size": 5, "train_gradient_accumulation_steps": 4}, 1, (24, 24, 24, 4), True),
         # what one has set oneself after reading the warning stands
+        ({"train_batch_size": 3, "updates_per_round": 24}, 1, (24, 24, 24, 3), False),
         (
-            {"train_batch_size": 3, "updates_per_round": 24, "per_device_train_batch_size": 24},
+            {"train_batch_size": 5, "updates_per_round": 24, "per_device_train_batch_size": 4},
             1,
-            (24, 24, 24, 24),
+            (24, 24, 24, 4),
             True,
         ),
     ],
@@ -427,14 +442,50 @@ def test_ddpos_numbers_make_a_round(given, processes, expected, warned, monkeypa
     assert bool(told) == warned
 
 
+def test_the_warnings_say_what_became_of_ddpos_numbers():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert the_round(train_batch_size=5, train_gradient_accumulation_steps=4) == (24, 24, 24, 4)
+    steps, batch = (str(warning.message) for warning in told)
+    assert "DDPO would take 28 optimiser steps over the 576 images" in steps
+    assert "a round is 24 groups of 24 images, so `updates_per_round` is 24" in steps
+    assert "`train_batch_size` (5) does not divide the 24 images" in batch
+    assert "`per_device_train_batch_size` is 4" in batch
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_whatever_ddpos_numbers_are_the_trainer_takes_the_split(processes, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    warnings.simplefilter("ignore")
+    for images, batch, accumulation in product((2, 6, 10, 15, 24, 48), (1, 2, 3, 5, 24, 32), (1, 2, 4)):
+        size, groups, updates, micro_batch = the_round(
+            sample_batch_size=images,
+            sample_num_batches_per_epoch=1,
+            train_batch_size=batch,
+            train_gradient_accumulation_steps=accumulation,
+        )
+        assert size * groups == images * processes
+        assert groups % updates == 0
+        assert groups // updates * size % (processes * micro_batch) == 0
+        assert 2 <= size <= 24
+        assert micro_batch <= batch
+        assert updates <= max(1, images // (batch * accumulation))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"sample_batch_size": 29, "sample_num_batches_per_epoch": 1}, "are 29 images .* from 2 to 24 divides them"),
-        ({"sample_batch_size": 1, "sample_num_batches_per_epoch": 1}, "are 1 images .* from 2 to 24 divides them"),
+        (
+            {"sample_batch_size": 29, "sample_num_batches_per_epoch": 1},
+            "are 29 images a round, .* from 2 to 24 divides them",
+        ),
+        (
+            {"sample_batch_size": 1, "sample_num_batches_per_epoch": 1},
+            "are 1 image a round, .* from 2 to 24 divides them",
+        ),
         (
             {"sample_batch_size": 6, "sample_num_batches_per_epoch": 4, "num_generations": 5},
-            r"are 24 images a process, which must be a multiple of `num_generations` \(5\)",
+            r"are 24 images a round, which must be a multiple of `num_generations` \(5\)",
         ),
         (
             {"sample_batch_size": 6, "sample_num_batches_per_epoch": 4, "prompts_per_round": 3},
@@ -456,7 +507,7 @@ def test_a_round_that_cannot_be_is_told(given, message):
 
 
 def test_epochs_count_all_of_a_rounds_steps():
-    with pytest.warns(UserWarning, match="DDPO would take 8"):
+    with pytest.warns(UserWarning, match="DDPO would take 12"):
         config = build(
             config_class=GPOConfig,
             num_epochs=10,
@@ -464,7 +515,7 @@ def test_epochs_count_all_of_a_rounds_steps():
             num_generations=4,
             sample_batch_size=6,
             sample_num_batches_per_epoch=4,
-            train_batch_size=3,
+            train_batch_size=2,
         )
     assert (config.num_iterations, config.updates_per_round, config.steps_per_round) == (3, 6, 18)
     assert (config.max_steps, config.save_steps) == (180, 36)

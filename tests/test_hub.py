@@ -1,5 +1,6 @@
 """The model card and what of a run is uploaded: everything that needs no Hub."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -353,6 +354,49 @@ def test_neither_token_nor_folder(tmp_path):
     assert str(tmp_path) not in content
     # a prompt that holds a token is the user's own; nothing else shows one
     assert SECRET not in content.split("## Training")[1]
+
+
+def test_the_record_of_a_run_has_what_tells_it_apart(tmp_path):
+    config = {"beta": 50.0, "learning_rate": 0.01, "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    run = describe(tmp_path, config=config, method_fields=("beta", "prompt_dropout"), reward_names=("red", "blue"))
+    record = run.record()
+    assert list(record) == ["method", "base_model", "config", "rewards", "versions"]
+    assert (record["method"], record["base_model"], record["rewards"]) == ("DGPO", SD35, ["red", "blue"])
+    assert config.items() <= record["config"].items()
+    assert record["config"]["prompt_dropout"] == 0.0  # the method's own are there at their defaults too
+    assert not {"adam_beta1", "output_dir"} & record["config"].keys()
+    assert record["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hub_token", "any"),
+        ("output_dir", "any"),
+        ("project", "any"),
+        ("run_name", "any"),
+        ("resume_from_checkpoint", "any"),
+        ("model_init_kwargs", {"revision": "any"}),
+        ("negative_prompt", f"with {SECRET}"),
+        ("lr_scheduler_kwargs", {"deep": [{"er": SECRET}]}),
+        ("lr_scheduler_kwargs", {SECRET: 1}),
+        ("report_to", ["wandb", SECRET]),
+        ("label_names", ["/home/me/labels"]),
+        ("deepspeed", "~/zero.json"),
+        ("deepspeed", "C:\\zero.json"),
+        ("fsdp_config", types.SimpleNamespace(token=SECRET)),
+    ],
+)
+def test_no_setting_tells_of_tokens_users_or_folders(tmp_path, field, value):
+    run = describe(tmp_path)
+    run = dataclasses.replace(run, method_fields=tuple(vars(run.config)))
+    assert "negative_prompt" in run.settings()
+    setattr(run.config, field, value)
+    assert field not in run.settings()
+    assert field not in run.record()["config"]
+    content = write_model_card(tmp_path, run).read_text()
+    assert SECRET not in content.split("## Training")[1]
+    assert f"`{field}`" not in content
 
 
 def test_citations_and_links(tmp_path):

@@ -167,6 +167,12 @@ def test_after_a_resume_the_last_entry_of_a_step_holds(tmp_path):
     assert reward == {"rollouts": [[1, 0.1, None], [2, 0.3, None]], "held-out prompts": [[2, 0.5, None]]}
 
 
+def test_a_run_whose_rewards_all_failed_has_a_page(tmp_path):
+    entry = {"eval_reward": None, "reward": None, "loss": 0.5, "step": 1}
+    (tmp_path / "log.jsonl").write_text(json.dumps(entry))
+    assert [one["title"] for one in read(tmp_path).data["charts"]] == ["Loss"]
+
+
 def test_other_numbers_are_drawn_below(tmp_path):
     other = {"ocr/exact": 0.5, "eval_ocr/exact": 0.4}
     (tmp_path / "log.jsonl").write_text(

@@ -13,10 +13,8 @@ import io
 import json
 import math
 import re
-import shutil
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from .rewards.scoring import Scores
 from .rollout import ScoredImages
+from .run_files import LOG, written_aside
 
 
 THUMBNAIL = 128  # pixels of the longer side, in tables
@@ -165,7 +164,7 @@ class RunLogCallback(TrainerCallback):
             `versions` (`dict[str, str]`). Any of them may be missing; what JSON does not know is written as its `str`.
     """
 
-    FILES = ("run.json", "log.jsonl", "samples", "completions")
+    FILES = ("run.json", LOG, "samples", "completions")
 
     def __init__(self, run: dict[str, Any]):
         self.run = run
@@ -175,12 +174,11 @@ class RunLogCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         directory = Path(args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
         if state.global_step == 0:
             self._move_earlier(directory)
-        with _written_aside(directory / "run.json") as path:
+        with written_aside(directory / "run.json") as path:
             path.write_text(json.dumps(self.run, indent=2, default=str) + "\n", encoding="utf-8")
-        self._file = directory / "log.jsonl"
+        self._file = directory / LOG
         if self._file.is_file() and not self._file.read_bytes().endswith(b"\n"):
             self._append("")  # the last line was cut off by a kill
 
@@ -272,8 +270,7 @@ class SampleImagesCallback(TrainerCallback):
         grid = _captioned_grid(f"step {step}", pictures, prompts, rewards)
 
         directory = Path(args.output_dir) / "samples"
-        directory.mkdir(parents=True, exist_ok=True)
-        with _written_aside(directory / f"step-{step:06d}") as folder:
+        with written_aside(directory / f"step-{step:06d}") as folder:
             folder.mkdir()
             for number, picture in enumerate(pictures):
                 picture.save(folder / f"{number:02d}.png")
@@ -284,7 +281,7 @@ class SampleImagesCallback(TrainerCallback):
                 "by_name": {name: _numbers(values) for name, values in scores.by_name.items()},
             }
             (folder / "samples.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        with _written_aside(directory / f"step-{step:06d}.png") as path:
+        with written_aside(directory / f"step-{step:06d}.png") as path:
             grid.save(path)
         self.trackers.log_images({"samples": grid}, step)
 
@@ -325,9 +322,7 @@ class CompletionsCallback(TrainerCallback):
             return
         step = state.global_step
         rows = _completion_rows(scored, step)
-        directory = Path(args.output_dir) / "completions"
-        directory.mkdir(parents=True, exist_ok=True)
-        with _written_aside(directory / f"completions-{step:06d}.parquet") as path:
+        with written_aside(Path(args.output_dir) / "completions" / f"completions-{step:06d}.parquet") as path:
             _write_parquet(rows, path)
         shown = _spread(rows, self.num_completions_to_print)
         if shown:
@@ -336,24 +331,6 @@ class CompletionsCallback(TrainerCallback):
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _written_aside(path: Path) -> Iterator[Path]:
-    """A path to write to, named with `_` before it and renamed when it is whole: nothing half written is ever read."""
-    aside = path.with_name("_" + path.name)
-    _remove(aside)  # of a run that was killed
-    yield aside
-    if path.is_dir():  # a folder, unlike a file, does not replace another
-        shutil.rmtree(path)
-    aside.replace(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _write_parquet(rows: list[dict[str, Any]], path: Path) -> None:

@@ -9,6 +9,7 @@ image hook here, and no other file knows of them. What GRPO's users bring and ca
 import copy
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -77,8 +78,8 @@ class DDPOFields:
         sample_eta (`float`, *optional*):
             Accepted without effect: rollouts are deterministic unless `sampler="sde"`.
         sample_num_batches_per_epoch (`int`, *optional*):
-            With `sample_batch_size`, the images of a round on each process. They make `prompts_per_round` and, where
-            that is unset, `num_generations`.
+            With `sample_batch_size`, the images of a round on each process. Those of all processes make
+            `prompts_per_round` and, where that is unset, `num_generations`.
         train_batch_size (`int`, *optional*):
             `per_device_train_batch_size`; with `train_gradient_accumulation_steps` it makes `updates_per_round`.
         train_use_8bit_adam (`bool`, *optional*):
@@ -412,6 +413,8 @@ class PromptStream(IterableDataset):
             `f() -> (prompt, metadata)`. A call is a group.
     """
 
+    COLUMNS = ("prompt_metadata",)
+
     def __init__(self, prompt_function: DDPOPromptFunction):
         self.prompt_function = prompt_function
 
@@ -654,11 +657,14 @@ def _resolve_round(config: Any) -> None:
     size = 1 if config.sample_batch_size is None else config.sample_batch_size  # 1 is DDPO's default
     if batches is None or generations < 2 or size < 1:  # of which the configuration itself refuses the last two
         return
-    images = size * batches
-    said = f"`sample_batch_size` ({size}) x `sample_num_batches_per_epoch` ({batches}) are {images} images a process"
+    processes = _processes()
+    images = size * batches * processes
+    said = (
+        f"`sample_batch_size` ({size}) x `sample_num_batches_per_epoch` ({batches}) x processes ({processes}) are "
+        f"{_count(images, 'image')} a round"
+    )
     default = _default(config, "num_generations")
     if generations == default:
-        # A divisor of each process's images, not only of the round's: a group is whole on one process.
         generations = _largest_divisor(images, default)
         if generations < 2:
             raise ValueError(
@@ -669,11 +675,9 @@ def _resolve_round(config: Any) -> None:
         config.num_generations = generations
     elif images % generations:
         raise ValueError(
-            f"{said}, which must be a multiple of `num_generations` ({generations}): a group is whole on one process. "
-            "Change one of the three."
+            f"{said}, which must be a multiple of `num_generations` ({generations}). Change one of the three."
         )
-    groups = images * _processes() // generations
-    _assign(config, "prompts_per_round", groups, f"{said}, in groups of {generations}")
+    _assign(config, "prompts_per_round", images // generations, f"{said}, in groups of {generations}")
 
 
 def _resolve_updates(config: Any) -> None:
@@ -682,31 +686,33 @@ def _resolve_updates(config: Any) -> None:
     accumulation = _spend(config, "train_gradient_accumulation_steps")
     if batch is not None and batch == config.per_device_train_batch_size:
         batch = None  # says nothing new
-    generations, groups = config.num_generations, config.prompts_per_round // _processes()
-    if (batch is None and accumulation is None) or generations < 2 or groups < 1:
+    generations, groups = config.num_generations, config.prompts_per_round
+    images, rest = divmod(groups * generations, _processes())
+    if (batch is None and accumulation is None) or rest or images < 1:  # the configuration itself refuses such rounds
         return
     size = batch or config.per_device_train_batch_size or 1  # 1 is DDPO's default
     accumulation = 1 if accumulation is None else accumulation
     said = f"`train_batch_size` ({size}) x `train_gradient_accumulation_steps` ({accumulation})"
-    asked = max(1, groups * generations // (size * accumulation))
-    updates = _largest_divisor(groups, asked)
-    whole = config.per_device_train_batch_size or generations
-    if batch is not None:
-        whole = generations * _largest_divisor(groups // updates, max(1, batch // generations))
+    asked = max(1, images // (size * accumulation))
+    updates = _largest_divisor(math.gcd(groups, images), asked)  # whole groups, in equal shares of images
     known = config.updates_per_round != _default(config, "updates_per_round")
-    _assign(config, "updates_per_round", updates, f"{said} of {groups * generations} images a process")
-    if batch is not None and config.per_device_train_batch_size != whole:
-        if config.per_device_train_batch_size is not None:
-            _assign(config, "per_device_train_batch_size", batch, f"`train_batch_size` is {batch}")
-        config.per_device_train_batch_size = whole
-    if (asked != updates and not known) or (batch is not None and batch != whole):
+    _assign(config, "updates_per_round", updates, f"{said} of {images} images a process")
+    if asked != updates and not known:
         _warn(
-            f"{said}: DDPO would take {asked} optimiser steps over the {groups * generations} images of a round on "
-            f"each process. Here a group is one term of the objective and must be whole in an optimiser step and in a "
-            f"micro-batch, so the round is {_count(groups, 'group')} of {generations} images on each process, "
-            f"`updates_per_round` is {updates} and `per_device_train_batch_size` is {whole}. For more steps, set a "
-            "smaller `num_generations` or more images a round."
+            f"{said}: DDPO would take {_count(asked, 'optimiser step')} over the {images} images of a round on each "
+            f"process. Here a group is one term of the objective and is whole in an optimiser step, and a round is "
+            f"{_count(groups, 'group')} of {generations} images, so `updates_per_round` is {updates}. For more steps, "
+            "set a smaller `num_generations` or more images a round."
         )
+    if batch is not None:
+        share = images // updates
+        fitting = _largest_divisor(share, batch)
+        _assign(config, "per_device_train_batch_size", fitting, f"`train_batch_size` is {batch}")
+        if fitting != batch:
+            _warn(
+                f"`train_batch_size` ({batch}) does not divide the {share} images of an optimiser step on each "
+                f"process; `per_device_train_batch_size` is {fitting}."
+            )
 
 
 def _resolve_lengths(config: Any) -> None:

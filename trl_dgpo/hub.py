@@ -31,6 +31,7 @@ from yaml import YAMLError
 
 import trl_dgpo
 
+from .run_files import read_log, written_aside
 from .tiny import tiny_pipeline_path
 
 
@@ -76,11 +77,11 @@ _TRAINER_FIELDS = (
     "fp16",
     "seed",
 )
-# Of the method's own fields those that say where a run was and who watched it, not how the model came about.
-_NOT_SHOWN = re.compile(
-    r"token|dir$|path|folder|project|kwargs|name|resume|hub|report|track|async|workers|^log|^num_log|_print$"
-)
-_SECRET = re.compile(r"hf_\w{16,}|^(/|~|[A-Za-z]:\\)")
+# What is told to nobody: tokens, and what names this machine or its user.
+_PRIVATE_FIELD = re.compile(r"_(token|dir|path|folder)$|^resume_from|^(project|logdir|run_name|model_init_kwargs)$")
+_PRIVATE_TEXT = re.compile(r"hf_\w{16,}|^(/|~|[A-Za-z]:\\)")
+# Of the method's own fields those that say who watched a run, not how the model came about.
+_NOT_SHOWN = re.compile(r"kwargs|name|hub|report|track|async|workers|^log|^num_log|_print$")
 # Fields that are set from others where they are left out.
 _SET_FROM = {
     "width": "resolution",
@@ -90,7 +91,7 @@ _SET_FROM = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "bf16": "bf16",
 }
-_PACKAGES = ("trl", "transformers", "diffusers", "peft", "torch", "datasets", "huggingface_hub")
+_PACKAGES = ("torch", "transformers", "diffusers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
 _TRL_CITATION = """@software{vonwerra2020trl,
   title   = {{TRL: Transformers Reinforcement Learning}},
   author  = {von Werra, Leandro and Belkada, Younes and Tunstall, Lewis and Beeching, Edward and Thrush, Tristan and \
@@ -104,7 +105,7 @@ Lambert, Nathan and Huang, Shengyi and Rasul, Kashif and Gallouédec, Quentin},
 @dataclasses.dataclass(frozen=True)
 class RunDescription:
     """
-    What a model card says and the run's folder does not know.
+    What a run is: all that its model card and its `run.json` say and the run's folder does not know.
 
     Args:
         method (`str`):
@@ -114,8 +115,7 @@ class RunDescription:
         config ([`DGPOConfig`]):
             The run's configuration.
         method_fields (`tuple[str, ...]`, *optional*):
-            Names of its fields that are the method's own; they are shown beside the optimiser's, tokens and paths
-            never.
+            Names of its fields that are the method's own; the card shows them beside the optimiser's.
         base_model (`str`, *optional*):
             Hub id or folder of the pipeline that was trained; a folder is not named in the card.
         pipeline_class (`str`, *optional*, defaults to `"StableDiffusion3Pipeline"`):
@@ -151,6 +151,41 @@ class RunDescription:
     tags: tuple[str, ...] = ()
     links: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def settings(self) -> dict[str, Any]:
+        """
+        The configuration as far as it may be told: without tokens, and without what names this machine or its user.
+
+        It goes by the names of fields and by what stands in them, however deep. Whatever tells of a run takes its
+        settings from here.
+        """
+        values = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+        return {
+            name: value
+            for name, value in values.items()
+            if not _PRIVATE_FIELD.search(name) and not _holds_private_text(value)
+        }
+
+    def record(self) -> dict[str, Any]:
+        """
+        What `run.json` holds.
+
+        Returns:
+            `dict` with `method`, `base_model`, `config` (of [`~RunDescription.settings`] the method's own, and those
+            of `TrainingArguments` that are not at their defaults), `rewards` and `versions`.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
+        return {
+            "method": self.method,
+            "base_model": self.base_model,
+            "config": {
+                name: value
+                for name, value in self.settings().items()
+                if name in self.method_fields or value != defaults[name]
+            },
+            "rewards": list(self.reward_names),
+            "versions": _versions(),
+        }
+
 
 def write_model_card(directory: str | os.PathLike, run: RunDescription) -> Path:
     """
@@ -169,10 +204,11 @@ def write_model_card(directory: str | os.PathLike, run: RunDescription) -> Path:
         `pathlib.Path`: the card.
     """
     directory = Path(directory)
-    events = _read_log(directory)
+    events = read_log(directory)
     pictures = _copy_pictures(directory)
     if has_curve := any("reward" in event for event in events):
-        _write(directory / "images" / "reward_curve.png", lambda path: _draw_curve(events).save(path, format="PNG"))
+        with written_aside(directory / "images" / "reward_curve.png") as aside:
+            _draw_curve(events).save(aside)
     metadata = _metadata(run, pictures)
     path = directory / "README.md"
     if path.is_file() and CARD_MARK not in (text := path.read_text(encoding="utf-8")):
@@ -183,7 +219,8 @@ def write_model_card(directory: str | os.PathLike, run: RunDescription) -> Path:
     else:
         body = "\n\n".join(_body(directory, run, events, pictures, has_curve))
         content = f"---\n{metadata.to_yaml()}\n---\n\n{CARD_MARK}\n\n{body}\n"
-    _write(path, lambda aside: aside.write_text(content, encoding="utf-8"))
+    with written_aside(path) as aside:
+        aside.write_text(content, encoding="utf-8")
     return path
 
 
@@ -308,24 +345,6 @@ class _Picture:
     rewards: tuple[float | None, float | None]
 
 
-def _read_log(directory: Path) -> list[dict[str, float]]:
-    """Log events by step. Of those with the same step and names the last counts: the run was resumed before them."""
-    path = directory / "log.jsonl"
-    if not path.is_file():
-        return []
-    events: dict[tuple, dict[str, float]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            logger.warning("Line %d of %s is broken off, as by a killed run; it is passed over.", number, path)
-            continue
-        key = (event["step"], frozenset(event))
-        events.pop(key, None)
-        events[key] = {n: v for n, v in event.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-    return sorted(events.values(), key=lambda event: event["step"])
-
-
 def _copy_pictures(directory: Path) -> list[_Picture]:
     """The first prompts' earliest and latest pictures, copied to where the card shows them."""
     steps = {int(p.parent.name.removeprefix("step-")): p for p in directory.glob("samples/step-*/samples.json")}
@@ -339,8 +358,8 @@ def _copy_pictures(directory: Path) -> list[_Picture]:
         has_before = first != last and before["prompts"][number : number + 1] == [prompt]
         files = {"after": steps[last]} | ({"before": steps[first]} if has_before else {})
         for name, source in files.items():
-            target = directory / "images" / f"{name}-{number:02d}.png"
-            _write(target, lambda path, s=source, n=number: shutil.copyfile(s.with_name(f"{n:02d}.png"), path))
+            with written_aside(directory / "images" / f"{name}-{number:02d}.png") as aside:
+                shutil.copyfile(source.with_name(f"{number:02d}.png"), aside)
         pictures.append(
             _Picture(
                 prompt=" ".join(prompt.split()),
@@ -351,14 +370,6 @@ def _copy_pictures(directory: Path) -> list[_Picture]:
             )
         )
     return pictures
-
-
-def _write(path: Path, write: Any) -> None:
-    """Aside, then renamed: an upload in the background never sees half a file."""
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f"_{path.name}")
-    write(aside)
-    os.replace(aside, path)
 
 
 # -- the card ---------------------------------------------------------------------------------------------------------
@@ -568,25 +579,35 @@ def _configuration(run: RunDescription) -> Iterable[str]:
         )
     rows = [["field", "value"], ["---"] * 2, *([f"`{name}`", _code_cell(value)] for name, value in values.items())]
     yield f"<details>\n<summary>The whole configuration</summary>\n\n{_table(rows)}\n\n</details>"
-    versions = [f"trl_dgpo {trl_dgpo.__version__}", *(f"{name} {version(name)}" for name in _PACKAGES)]
-    yield f"Versions: {', '.join(versions)}."
+    yield f"Versions: {', '.join(f'{name} {number}' for name, number in _versions().items())}."
 
 
 def _settings(run: RunDescription) -> tuple[dict[str, Any], dict[str, Any]]:
     """Values and defaults of the fields that decide what is learned."""
-    config = run.config
+    config, told = run.config, run.settings()
     values, defaults = {}, {}
     for field in dataclasses.fields(config):
         name = field.name
-        if name not in _TRAINER_FIELDS and (name not in run.method_fields or _NOT_SHOWN.search(name)):
+        if name not in told or not isinstance(value := _plain(told[name]), str | int | float | None):
             continue
-        value = _plain(getattr(config, name))
-        if not isinstance(value, (str, int, float, type(None))) or (isinstance(value, str) and _SECRET.search(value)):
-            continue
-        values[name] = value
-        default = None if field.default is dataclasses.MISSING else _plain(field.default)
-        defaults[name] = _plain(getattr(config, _SET_FROM[name])) if default is None and name in _SET_FROM else default
+        if name in _TRAINER_FIELDS or (name in run.method_fields and not _NOT_SHOWN.search(name)):
+            values[name] = value
+            default = None if field.default is dataclasses.MISSING else _plain(field.default)
+            is_derived = default is None and name in _SET_FROM
+            defaults[name] = _plain(getattr(config, _SET_FROM[name])) if is_derived else default
     return values, defaults
+
+
+def _holds_private_text(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_private_text, [*value, *value.values()]))
+    if isinstance(value, list | tuple | set):
+        return any(map(_holds_private_text, value))
+    return _PRIVATE_TEXT.search(str(value)) is not None
+
+
+def _versions() -> dict[str, str]:
+    return {"trl_dgpo": trl_dgpo.__version__, **{name: version(name) for name in _PACKAGES}}
 
 
 def _plain(value: Any) -> Any:

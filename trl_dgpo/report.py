@@ -18,6 +18,8 @@ from typing import Any
 
 from PIL import Image
 
+from .run_files import read_log, written_aside
+
 
 SAMPLE_STEPS = 24  # steps of fixed prompts on the page, at most
 GROUP_STEPS = 12  # rounds in the browser of groups, at most
@@ -46,7 +48,7 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
     directory = Path(output_dir)
     if not directory.is_dir():
         raise FileNotFoundError(f"`output_dir` is {str(directory)!r}, which is no folder; give a run's `output_dir`.")
-    run, log = _read_run(directory), _read_log(directory)
+    run, log = _read_run(directory), read_log(directory)
     samples, groups = _read_samples(directory), _read_groups(directory)
     if not (run or log or samples or groups):
         raise ValueError(
@@ -54,10 +56,9 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
             "`completions/*.parquet`: no run of this package wrote there. Give the `output_dir` of one that did."
         )
     path = directory / "report.html" if path is None else Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name("_" + path.name)
-    aside.write_text(_page(directory, run, log, samples, groups), encoding="utf-8")
-    aside.replace(path)
+    page = _page(directory, run, log, samples, groups)
+    with written_aside(path) as aside:
+        aside.write_text(page, encoding="utf-8")
     return path
 
 
@@ -69,19 +70,6 @@ def _read_run(directory: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _read_log(directory: Path) -> list[dict[str, Any]]:
-    """Entries by step. After a resume steps recur: the last entry of a step and of the same keys holds."""
-    path = directory / "log.jsonl"
-    entries = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line that a kill cut off, which the resumed run wrote again
-        entries[entry["step"], frozenset(entry)] = entry
-    return sorted(entries.values(), key=lambda entry: entry["step"])
-
-
 def _read_samples(directory: Path) -> dict[str, Any]:
     folders = sorted(path.parent for path in (directory / "samples").glob("step-*/samples.json"))
     steps, pixels = [], 0
@@ -90,7 +78,7 @@ def _read_samples(directory: Path) -> dict[str, Any]:
         images = []
         for number, prompt in enumerate(record["prompts"]):
             uri, longer = _png_uri(folder / f"{number:02d}.png")
-            images.append({"src": uri, "prompt": prompt, "reward": _finite(record["rewards"][number])})
+            images.append({"src": uri, "prompt": prompt, "reward": record["rewards"][number]})
             pixels = max(pixels, longer)
         steps.append({"step": record["step"], "images": images})
     return {"steps": steps, "of": len(folders), "pixels": pixels} if steps else {}
@@ -195,7 +183,7 @@ _NO_CURVE = re.compile(
 
 def _charts(log: list[dict[str, Any]]) -> tuple[list[dict], list[dict]]:
     """The charts of the page's first rank, and the others."""
-    names = {name: None for entry in log for name, value in entry.items() if _is_number(value)}
+    names = {name: None for entry in log for name in entry}
     names = sorted(names, key=lambda name: name.startswith("eval_"))  # held-out prompts are drawn over rollouts
     charts = []
     for title, pattern, note in _CHARTS:
@@ -221,11 +209,7 @@ def _charts(log: list[dict[str, Any]]) -> tuple[list[dict], list[dict]]:
 
 def _series(log: list[dict[str, Any]], name: str, label: str) -> dict[str, Any]:
     errors = f"{name}_stderr"
-    points = [
-        [entry["step"], _rounded(entry[name]), _rounded(entry.get(errors))]
-        for entry in log
-        if _is_number(entry.get(name))
-    ]
+    points = [[entry["step"], _rounded(entry[name]), _rounded(entry.get(errors))] for entry in log if name in entry]
     return {"name": label, "points": _evenly(points, POINTS)}
 
 
@@ -241,16 +225,8 @@ def _label(title: str, name: str) -> str:
     return name
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if _is_number(value) else None
-
-
 def _rounded(value: float | None) -> float | None:
-    return float(f"{value:.6g}") if _is_number(value) else None
+    return None if value is None else float(f"{value:.6g}")
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -342,11 +318,11 @@ def _tiles(log: list[dict]) -> str:
     for name in {name: None for entry in log for name in entry if re.fullmatch(rf"{_EVAL}reward", name)}:
         first, last = _ends(log, name)
         error, images = last.get(f"{name}_stderr"), last.get(f"{name.removesuffix('reward')}num_images")
-        notes = [f"{images:.0f} images"] if _is_number(images) else []
-        notes += [f"standard error {error:.3f}"] if _is_number(error) else []
+        notes = [f"{images:.0f} images"] if images is not None else []
+        notes += [f"standard error {error:.3f}"] if error is not None else []
         title = f"Reward, {_escaped(_label('Reward', name))}"
         tiles.append(_tile(title, _from_to(first, last, name), ", ".join(notes)))
-    if any(_is_number(entry.get("reward")) for entry in log):
+    if any("reward" in entry for entry in log):
         first, last = _ends(log, "reward")
         tiles.append(_tile("Reward, rollouts", _from_to(first, last, "reward"), "first and last log"))
     seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
@@ -370,13 +346,7 @@ def _from_to(first: dict, last: dict, name: str) -> str:
 
 def _before_after(log: list[dict]) -> str:
     names = {name: None for entry in log for name in entry if name.startswith("eval_")}
-    shown = [
-        name
-        for name in names
-        if not _NO_CURVE.fullmatch(name)
-        and not re.fullmatch(rf"{_EVAL}reward", name)
-        and any(_is_number(entry.get(name)) for entry in log)
-    ]
+    shown = [name for name in names if not _NO_CURVE.fullmatch(name) and not re.fullmatch(rf"{_EVAL}reward", name)]
     rows = []
     for name in shown:
         first, last = _ends(log, name)
@@ -402,7 +372,7 @@ def _config(run: dict) -> str:
 
 
 def _ends(log: list[dict], name: str) -> tuple[dict, dict]:
-    entries = [entry for entry in log if _is_number(entry.get(name))]
+    entries = [entry for entry in log if name in entry]
     return entries[0], entries[-1]
 
 

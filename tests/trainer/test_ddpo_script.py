@@ -48,7 +48,7 @@ def run_script(tmp_path, monkeypatch):
 def test_a_ddpo_script_trains(run_script, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with pytest.warns(UserWarning, match="1 group of 24 images on each process, `updates_per_round` is 1"):
+    with pytest.warns(UserWarning, match="1 group of 24 images, so `updates_per_round` is 1"):
         trainer = run_script(*DOCUMENTED, "--save_freq=1")["trainer"]
     assert trainer.state.global_step == 2
     assert (trainer.args.num_generations, trainer.args.prompts_per_round) == (24, 1)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ from transformers.utils import PushInProgress
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
-from .. import __version__
 from ..backbones import access, load_backbone
 from ..callbacks import (
     CompletionsCallback,
@@ -46,7 +44,7 @@ from ..callbacks import (
     SampleImagesCallback,
     Trackers,
 )
-from ..checkpoints import aside, publish, publish_files, restore_replaced, rotate
+from ..checkpoints import rotate
 from ..ddpo_compat import DDPOFields, GRPOFields, PromptStream
 from ..evaluation import evaluation_latents, evaluation_metrics, measure_images
 from ..hub import (
@@ -60,6 +58,7 @@ from ..hub import (
 from ..policy import Adapter, Policy, lora_config, read_adapter, take_adapter
 from ..prompt_embeds import precompute
 from ..rewards.scoring import RewardFunc, RewardScorer, Scores
+from ..run_files import aside, publish, publish_files, restore_replaced
 from ..tiny import tiny_pipeline_path
 from .dgpo_config import DGPOConfig
 
@@ -72,10 +71,6 @@ _OWN_FIELDS = {field.name for field in dataclasses.fields(DGPOConfig)} - {
     for base in (_BaseConfig, DDPOFields, GRPOFields)
     for field in dataclasses.fields(base)
 }
-# What names this machine or this user, and what says nothing of the method.
-_NOT_OF_THE_METHOD = {"hub_token", "output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "project"}
-_NOT_OF_THE_METHOD |= {"model_init_kwargs"}  # may hold a token
-_VERSIONED = ("torch", "transformers", "diffusers", "trl", "peft", "accelerate", "datasets")
 
 Model = str | os.PathLike | DiffusionPipeline | PeftModel
 
@@ -201,8 +196,7 @@ class DiffusionTrainer(_BaseTrainer):
         dataset, scorer = self.train_dataset, self.scorer
         if evaluated := _named(self.eval_dataset):
             dataset, scorer = next(iter(evaluated.values())), self.eval_scorer
-        rows = [] if isinstance(dataset, PromptStream) else list(islice(iter_rows(dataset), args.num_log_images))
-        if rows:
+        if rows := _first_rows(dataset, args.num_log_images):
             score = partial(self._score, scorer)
             self.add_callback(SampleImagesCallback(self.generate, score, rows, self.trackers, args.log_images_steps))
 
@@ -214,19 +208,20 @@ class DiffusionTrainer(_BaseTrainer):
             `dict` with `method`, `base_model`, `config` (every field of this package's, and those of
             `TrainingArguments` that are not at their defaults, without tokens and folders), `rewards` and `versions`.
         """
-        config = {
-            field.name: getattr(self.args, field.name)
-            for field in dataclasses.fields(self.args)
-            if field.name not in _NOT_OF_THE_METHOD
-            and (field.name in _OWN_FIELDS or getattr(self.args, field.name) != field.default)
-        }
-        return {
-            "method": self._name,
-            "base_model": self.base_model,
-            "config": config,
-            "rewards": self.scorer.names,
-            "versions": {"trl_dgpo": __version__, **{name: version(name) for name in _VERSIONED}},
-        }
+        return self._description().record()
+
+    def _description(self, **more) -> RunDescription:
+        return RunDescription(
+            method=self._name,
+            paper=self._paper,
+            config=self.args,
+            method_fields=tuple(sorted(_OWN_FIELDS)),
+            base_model=self.base_model,
+            pipeline_class=type(self.backbone.pipeline).__name__,
+            reward_names=tuple(self.scorer.names),
+            hub_model_id=self.hub_model_id,
+            **more,
+        )
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
@@ -577,15 +572,7 @@ class DiffusionTrainer(_BaseTrainer):
         if not self.is_world_process_zero():
             return
         tags = [tags] if isinstance(tags, str) else tags or []
-        run = RunDescription(
-            method=self._name,
-            paper=self._paper,
-            config=self.args,
-            method_fields=tuple(sorted(_OWN_FIELDS)),
-            base_model=self.base_model,
-            pipeline_class=type(self.backbone.pipeline).__name__,
-            reward_names=tuple(self.scorer.names),
-            hub_model_id=self.hub_model_id,
+        run = self._description(
             model_name=model_name,
             dataset_name=dataset_name,
             license=license,
@@ -778,6 +765,8 @@ def dataset_columns(name: str, dataset: Any) -> set[str]:
         `TypeError`: if it is neither.
         `ValueError`: if it is empty or its rows have no `prompt`.
     """
+    if isinstance(dataset, PromptStream):
+        return set(PromptStream.COLUMNS)
     if isinstance(dataset, dict):
         raise TypeError(f"`{name}` is a dict of {sorted(dataset)}; give one of them, such as `dataset['train']`.")
     if is_stream(dataset):
@@ -802,6 +791,11 @@ def dataset_columns(name: str, dataset: Any) -> set[str]:
 def iter_rows(dataset: Any) -> Iterator[dict]:
     """The rows of a data set, in its order."""
     return iter(dataset) if is_stream(dataset) else (dataset[i] for i in range(len(dataset)))
+
+
+def _first_rows(dataset: Any, count: int) -> list[dict]:
+    # A prompt function is not drawn from but for a round: its first prompt belongs to the first.
+    return [] if isinstance(dataset, PromptStream) else list(islice(iter_rows(dataset), count))
 
 
 def is_stream(dataset: Any) -> bool:

@@ -160,9 +160,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         )
         args, train_dataset = call.args, call.train_dataset
         scorer = RewardScorer(call.reward_funcs, args.reward_weights)
-        # A prompt function is not drawn from for a check: its first prompt belongs to the first round.
-        known = {"prompt_metadata"} if prompt_function else dataset_columns("train_dataset", train_dataset)
-        scorer.check(known, REWARD_CONTEXT)
+        scorer.check(dataset_columns("train_dataset", train_dataset), REWARD_CONTEXT)
         if is_stream(train_dataset):
             if args.max_steps <= 0:
                 raise ValueError(
