@@ -245,6 +245,14 @@ def test_handles_stay_those_of_the_living_weights(kind, tmp_path):
         assert {tensor.device.type for tensor in policy.tensors(view).values()} == {"meta"}
 
 
+def test_copies_stay_wider_than_weights_that_were_cast():
+    policy = make("full")
+    policy.model.to(torch.bfloat16)
+    with untouched(policy), policy.old(), torch.no_grad():
+        assert run(policy.model, torch.bfloat16).dtype == torch.bfloat16
+        assert {tensor.dtype for tensor in policy.tensors("old").values()} == {torch.float32}
+
+
 # -- merged
 
 

@@ -565,7 +565,7 @@ def _put(parameters: list[Tensor], contents: list[Tensor]) -> None:
             if isinstance(parameter, DTensor):  # FSDP2 gathers from this storage, whatever `data` is
                 parameter.to_local().copy_(content.to_local() if isinstance(content, DTensor) else content)
             else:
-                parameter.data = content
+                parameter.data = content.to(parameter.dtype)  # a copy may be wider: DeepSpeed casts what it trains
 
 
 def _beside(tensor: Tensor, parameter: Tensor) -> Tensor:

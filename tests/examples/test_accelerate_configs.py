@@ -37,8 +37,7 @@ def environment(monkeypatch, *flags) -> tuple[str, dict[str, str]]:
         monkeypatch.setattr(launch, name, lambda args, name=name: taken.update({name: args}))
     launch.launch_command(launch.launch_command_parser().parse_args([*flags, "train.py"]))
     ((name, args),) = taken.items()
-    left = PREPARE[name](args)
-    return name, {variable: value for variable, value in left.items() if os.environ.get(variable) != value}
+    return name, PREPARE[name](args)
 
 
 def arguments(left, **changes):
@@ -51,6 +50,7 @@ def arguments(left, **changes):
         "world_size": 16,
         "full_finetuning": True,
         "gradient_accumulation_steps": 96,
+        "num_log_images": 0,
         "fsdp": None,
         "deepspeed": None,
         "deepspeed_plugin": plugin,

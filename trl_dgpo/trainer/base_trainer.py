@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import os
+import platform
 import shutil
 import time
 from collections import defaultdict
@@ -46,6 +47,7 @@ from ..callbacks import (
 )
 from ..checkpoints import rotate
 from ..ddpo_compat import DDPOFields, GRPOFields, PromptStream
+from ..engines import check_engine
 from ..evaluation import evaluation_latents, evaluation_metrics, measure_images
 from ..hub import (
     RunDescription,
@@ -143,6 +145,8 @@ class DiffusionTrainer(_BaseTrainer):
             self.policy.using(merged=True)  # which says why, where it cannot be
         if args.torch_compile:
             self.backbone.compile_blocks(args.torch_compile_backend, args.torch_compile_mode)
+        for model in (self.policy.model, self.backbone.transformer):
+            _switch_modes_quickly(model)
         # Trainer asks the model for this; diffusers has it under another name.
         self.policy.model.activation_checkpointing_enable = lambda **_: self.backbone.enable_gradient_checkpointing()
 
@@ -473,6 +477,7 @@ class DiffusionTrainer(_BaseTrainer):
             restore_replaced(Path(self.args.output_dir))
             remove_snapshots(self.args.output_dir)
         self.accelerator.wait_for_everyone()
+        self._look_for_shared_folder()
         args = self.args
         if resume_from_checkpoint:
             self.args = copy.copy(args)
@@ -481,6 +486,24 @@ class DiffusionTrainer(_BaseTrainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.args = args
+
+    def _look_for_shared_folder(self) -> None:
+        if self.args.world_size == 1 or self.args.save_on_each_node:
+            return
+        mark = Path(self.args.output_dir) / "_shared"
+        if self.args.should_save:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        self.accelerator.wait_for_everyone()
+        if not mark.exists():
+            logger.warning(
+                "`output_dir` (%s) on %s is not the folder that the first process writes to: checkpoints would lack "
+                "this process's part, and could not be resumed. Share the folder, or set `save_on_each_node=True`.",
+                *(self.args.output_dir, platform.node()),
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark.unlink()
 
     def _forget(self) -> None:
         self._metrics.clear()
@@ -517,18 +540,22 @@ class DiffusionTrainer(_BaseTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # A checkpoint holds what training goes on from: the live policy, and the views in folders of their names.
         # Elsewhere stands what is used: the evaluated weights, as a PEFT adapter and as diffusers' LoRA file.
-        if not self.args.should_save:
+        write = self.args.should_save
+        if not (write or self.policy.is_sharded):  # of a sharded policy every process has a part
             return
         directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)  # another process may have come first
         if directory.parent == self._staging:
-            directory.mkdir(parents=True, exist_ok=True)  # another process may have come first
-            self.policy.save(directory)
-            self._save_export(directory, None)
-        else:
-            directory.mkdir(parents=True, exist_ok=True)
-            finished = aside(directory / "export")
-            view = "ema" if self.args.save_ema and "ema" in self.policy.views else None
-            self.policy.save_pretrained(finished if self.policy.peft_config else finished / "transformer", view)
+            self.policy.save(directory, write=write)
+            if write:
+                self._save_export(directory, None)
+            return
+        view = "ema" if self.args.save_ema and "ema" in self.policy.views else None
+        finished = aside(directory / "export") if write else directory
+        self.policy.save_pretrained(
+            finished if self.policy.peft_config else finished / "transformer", view, write=write
+        )
+        if write:
             self._save_export(finished, view)
             self.backbone.scheduler.save_pretrained(finished / "scheduler")  # the sampler of the evaluations
             publish_files(finished, directory)
@@ -751,6 +778,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def _switch_modes_quickly(model: nn.Module) -> None:
+    # Trainer puts the model into training mode in every micro-step, a walk over thousands of modules that mostly finds
+    # them there already.
+    model.train(model.training)  # all of them: an adapter's modules come in training mode
+    modules = list(model.modules())
+
+    def train(mode: bool = True) -> nn.Module:
+        if model.training != mode:
+            for module in modules:
+                module.training = mode
+        return model
+
+    model.train = train
+
+
 def dataset_columns(name: str, dataset: Any) -> set[str]:
     """
     Names of a data set's columns other than `prompt`.
@@ -822,11 +864,7 @@ def _check_arguments(model: Any, args: DGPOConfig, peft_config: Any, quantizatio
             f"{args.n_gpu} GPUs are visible to one process. Start one process a GPU (`accelerate launch`), or show it "
             "one (`CUDA_VISIBLE_DEVICES=0`)."
         )
-    if args.fsdp or args.deepspeed:
-        raise ValueError(
-            "FSDP and DeepSpeed are not supported: rollouts call the unwrapped transformer. A LoRA needs neither; "
-            "use plain `accelerate launch` or `torchrun`."
-        )
+    check_engine(args, allow_unverified=args.allow_unverified_engine)
     if args.auto_find_batch_size:
         raise ValueError(
             "`auto_find_batch_size` cannot divide groups; set `per_device_train_batch_size` and `sample_batch_size`."
