@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -18,7 +19,7 @@ from tiny_trainers import CONFIG
 from trl import ModelConfig
 
 from trl_dgpo import DGPOConfig, GPOConfig, cli
-from trl_dgpo.cli import DGPOScriptArguments, EvaluateArguments, SampleArguments, main, parse
+from trl_dgpo.cli import DGPOScriptArguments, EvaluateArguments, PlanArguments, SampleArguments, main, parse
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -82,7 +83,7 @@ def error(capsys, *argv: str) -> str:
 # -- flags and recipes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script_class", [DGPOScriptArguments, EvaluateArguments, SampleArguments])
+@pytest.mark.parametrize("script_class", [DGPOScriptArguments, EvaluateArguments, SampleArguments, PlanArguments])
 @pytest.mark.parametrize("config_class", [DGPOConfig, GPOConfig])
 def test_no_flag_has_two_meanings(script_class, config_class):
     names = [f.name for cls in (script_class, config_class, ModelConfig) for f in fields(cls)]
@@ -96,11 +97,11 @@ def test_help_of_the_command_is_quick():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("set()")
-    for command in ("train", "evaluate", "sample", "report"):
+    for command in ("train", "evaluate", "sample", "plan", "report"):
         assert f"\n    {command}" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "report"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "plan", "report"])
 @pytest.mark.parametrize("trainer", ["dgpo", "gpo"])
 def test_help_of_every_command_renders(command, trainer, capsys):
     flags = [] if command == "report" else ["--trainer", trainer]
@@ -419,3 +420,75 @@ def test_not_resuming_can_be_said(tmp_path):
 
     config = DGPOConfig(output_dir=str(tmp_path), use_cpu=True, resume_from_checkpoint="false")
     assert _checkpoint(config) is False
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def plan(capsys, *argv) -> str:
+    assert main(["plan", *map(str, argv)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_plan_is_for_a_gpu_wherever_it_is_made(pipeline_folder, recipe, capsys):
+    model = ["--model", pipeline_folder, "--resolution", 32]
+    assert ": a LoRA in bfloat16, 32 x 32 pixels" in plan(capsys, *model)
+    for float32 in (["--fp32"], ["--bf16", "false"]):
+        assert ": a LoRA in float32" in plan(capsys, *model, *float32)
+    assert "in bfloat16" in plan(capsys, "--config", recipe)
+    recipe.write_text(recipe.read_text() + "\nbf16: false")
+    assert "in float32" in plan(capsys, "--config", recipe)
+
+
+def test_a_plan_is_text_of_a_terminals_width(pipeline_folder, capsys):
+    printed = plan(capsys, "--model", pipeline_folder, "--resolution", 32, "--vram", 24)
+    assert max(map(len, printed.replace(str(pipeline_folder), "model").splitlines())) <= 100
+    assert "Fits 24 GiB" in printed
+    assert printed.endswith("Computed from configurations, not measured: no run on a GPU has confirmed the total.\n")
+
+
+def test_a_plan_ends_in_the_command_that_trains(recipe, capsys):
+    given = ["--config", recipe, "--vram", 24, "--fp32", "--negative_prompt", "two words"]
+    words = plan(capsys, *given, "--json")
+    command = json.loads(words)["command"].replace("\\\n", " ").split()
+    assert command[:2] == ["trl-dgpo", "train"]
+    _, args, _ = parse(shlex.split(" ".join(command[2:])))
+    assert (args.negative_prompt, args.bf16, args.num_generations) == ("two words", False, CONFIG["num_generations"])
+    assert "..." not in command
+
+
+def test_a_plan_changes_flags_and_asks_for_those_that_are_missing(pipeline_folder, capsys):
+    model = ["--model", pipeline_folder, "--resolution", 64, "--sample_batch_size=576"]
+    needed = json.loads(plan(capsys, *model, "--vram", 24, "--json"))
+    assert needed["fits"] is True
+    assert needed["changes"] == {}
+    tight = needed["asked"]["total"] - 0.05
+    fitted = json.loads(plan(capsys, *model, "--vram", tight, "--json"))
+    assert 0 < fitted["changes"]["sample_batch_size"] < 576
+    assert re.findall(r"sample_batch_size.(\d+)", fitted["command"]) == [str(fitted["changes"]["sample_batch_size"])]
+    assert "--dataset_name ... --reward_funcs ..." in fitted["command"].replace(" \\\n   ", "")
+    assert json.loads(plan(capsys, *model, "--vram", 1, "--json"))["command"] is None
+    assert "Does not fit 1 GiB" in plan(capsys, *model, "--vram", 1)
+
+
+def test_a_plan_takes_the_recipes_trainer_and_its_own_lora(recipe, capsys):
+    both = [json.loads(plan(capsys, "--config", recipe, "--trainer", name, "--json")) for name in ("dgpo", "gpo")]
+    assert both[0]["settings"]["num_generations"] == both[1]["settings"]["num_generations"]
+    small = plan(capsys, "--config", recipe, "--use_peft", "--lora_r", 4)
+    large = plan(capsys, "--config", recipe, "--use_peft", "--lora_r", 16)
+    assert small != large
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "There is no model"),
+        (["--model", "/no/where"], "'/no/where' does not exist"),
+        (["--model", "tiny", "--resolution", "32", "--vram", "0"], "`vram` is 0.0; it is the GPU's memory in GiB"),
+        (["--model", "tiny", "--resolution", "36"], "`resolution` is 36; this model takes multiples of"),
+        (["--model", "tiny", "--load_in_8bit", "true"], "`load_in_8bit` is set; plans know"),
+        (["--model", "tiny", "--vrma", "24"], "There is no --vrma 24: `trl-dgpo plan --help`"),
+    ],
+)
+def test_a_mistake_in_a_plan_is_one_line(capsys, flags, message):
+    assert re.search(message, error(capsys, "plan", *flags))

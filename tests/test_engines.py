@@ -45,6 +45,7 @@ def arguments(**changes):
         "deepspeed": None,
         "deepspeed_plugin": None,
         "parallelism_config": None,
+        "allow_unverified_engine": False,
     }
     return SimpleNamespace(**defaults | changes)
 
@@ -53,10 +54,10 @@ def zero(stage, steps="auto"):
     return SimpleNamespace(zero_stage=stage, get_value={"gradient_accumulation_steps": steps}.__getitem__)
 
 
-def check(monkeypatch, args, environment=LAUNCHED, allow_unverified=False):
+def check(monkeypatch, args, environment=LAUNCHED):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    return check_engine(args, allow_unverified=allow_unverified)
+    return check_engine(args)
 
 
 @pytest.mark.parametrize("full_finetuning", [False, True])
@@ -70,7 +71,7 @@ def test_data_parallelism_is_let_through(full_finetuning, monkeypatch, caplog):
 
 
 def test_arguments_of_a_real_configuration(tmp_path):
-    assert check_engine(tiny_config(tmp_path), allow_unverified=False) == "one"
+    assert check_engine(tiny_config(tmp_path)) == "one"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_what_was_not_run_is_refused_until_it_is_asked_for(changes, environment,
         check(monkeypatch, arguments(**changes), environment)
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        assert check(monkeypatch, arguments(**changes), environment, allow_unverified=True) == key
+        assert check(monkeypatch, arguments(**changes, allow_unverified_engine=True), environment) == key
     assert f"{ENGINES[key].name} was not run" in caplog.text
 
 
@@ -122,7 +123,7 @@ def test_what_was_not_run_is_refused_until_it_is_asked_for(changes, environment,
 )
 def test_what_goes_wrong_is_refused_always(changes, environment, message, monkeypatch):
     with pytest.raises(ValueError, match=message):
-        check(monkeypatch, arguments(**changes), environment, allow_unverified=True)
+        check(monkeypatch, arguments(**changes, allow_unverified_engine=True), environment)
 
 
 def test_data_may_be_parallel_by_a_parallelism_config(monkeypatch):
@@ -139,8 +140,9 @@ def test_zero_for_a_lora_says_what_does_it(monkeypatch):
 def test_fsdp_on_a_cpu(version, tmp_path, monkeypatch):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # `TrainingArguments` sets it; to be put back
     args = tiny_config(tmp_path, fsdp=True, fsdp_config={"version": version}, full_finetuning=True)
+    args.allow_unverified_engine = True
     with pytest.raises(ValueError, match="FSDP1 is refused" if version == 1 else "asked for on a CPU"):
-        check_engine(args, allow_unverified=True)
+        check_engine(args)
 
 
 def test_a_launcher_that_starts_one_process_of_several(monkeypatch, caplog):

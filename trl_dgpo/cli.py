@@ -1,9 +1,9 @@
 """
-The command line: `trl-dgpo train|evaluate|sample|report`, or `python -m trl_dgpo`.
+The command line: `trl-dgpo train|evaluate|sample|plan|report`, or `python -m trl_dgpo`.
 
-`train`, `evaluate` and `sample` take the same recipe, a YAML file of flags, and the same flags over it: those of this
-file, every field of [`DGPOConfig`] or [`GPOConfig`], and those of [`~trl.ModelConfig`]. So what a run was trained with
-is what it is evaluated and drawn with.
+`train`, `evaluate`, `sample` and `plan` take the same recipe, a YAML file of flags, and the same flags over it: those
+of this file, every field of [`DGPOConfig`] or [`GPOConfig`], and those of [`~trl.ModelConfig`]. So what a run was
+trained with is what it is evaluated and drawn with, and what a plan is made for.
 
 What a user can get wrong ends as one line and exit code 2, before anything is trained; `TRL_DGPO_DEBUG=1` shows the
 traceback. From the first step on errors keep theirs.
@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -142,6 +143,26 @@ class SampleArguments(DGPOScriptArguments):
     output: str = field(default="pictures", metadata={"help": "Folder for the pictures and their grid."})
 
 
+@dataclass
+class PlanArguments(DGPOScriptArguments):
+    """
+    Arguments of `trl-dgpo plan`.
+
+    Args:
+        vram (`float`, *optional*):
+            Memory of the GPU in GiB; without it the plan says what is needed, not what fits.
+        fp32 (`bool`, *optional*, defaults to `False`):
+            Plan for float32, as `--bf16 false` does. The plan is for a GPU, so bfloat16 is planned otherwise, also
+            where there is none.
+        json (`bool`, *optional*, defaults to `False`):
+            Print JSON.
+    """
+
+    vram: float | None = field(default=None, metadata={"help": "Memory of the GPU in GiB."})
+    fp32: bool = field(default=False, metadata={"help": "Plan for float32; bfloat16 is planned otherwise."})
+    json: bool = field(default=False, metadata={"help": "Print JSON."})
+
+
 def main(argv: list[str] | None = None) -> int:
     """
     Run a command.
@@ -180,18 +201,21 @@ def make_parser(
     script_class: type[DGPOScriptArguments] = DGPOScriptArguments,
     command: str = "train",
 ) -> TrlParser:
-    """The parser of `train`, `evaluate` or `sample`: flags, `--config recipe.yaml`, and flags over the recipe."""
+    """The parser of a command that takes recipes: flags, `--config recipe.yaml`, and flags over the recipe."""
     from trl import ModelConfig, TrlParser
 
     from .trainer.dgpo_config import DGPOConfig
 
-    return TrlParser(
+    parser = TrlParser(
         (script_class, config_class or DGPOConfig, ModelConfig),
         prog=f"trl-dgpo {command}",
         allow_abbrev=False,
         usage=f"trl-dgpo {command} [--config RECIPE.yaml] [--FLAG VALUE ...]",
         description=f"{_COMMANDS[command][1]} Each flag may also stand in the recipe; a flag given here wins.",
     )
+    if command == "plan":
+        parser.add_argument("--model", dest="model_name_or_path", help="Short for --model_name_or_path.")
+    return parser
 
 
 def parse(
@@ -314,6 +338,33 @@ def sample(argv: list[str]) -> int:
     return 0
 
 
+def plan(argv: list[str]) -> int:
+    """`trl-dgpo plan`: what a run needs of a GPU, and what fits."""
+    with _users_mistakes():
+        from .plan import fit, plan_memory, read_model
+
+        script, args, model = parse([*argv, *_as_on_a_gpu(argv)], PlanArguments, "plan")
+        if model.load_in_8bit:
+            raise ValueError("`load_in_8bit` is set; plans know frozen weights in 4 bits and in full.")
+        if script.fp32:
+            args.bf16 = args.fp16 = False
+        sizes = read_model(model.model_name_or_path, args, peft_config=_peft_config(model))
+        needed = plan_memory(sizes, args, quantized=model.load_in_4bit)
+        fitted = None if script.vram is None else fit(sizes, args, script.vram, quantized=model.load_in_4bit)
+    command = None if fitted is None or not fitted.fits else _train_command(argv, script, fitted.changes)
+    if script.json:
+        print(json.dumps(needed.to_dict() if fitted is None else fitted.to_dict() | {"command": command}, indent=2))
+        return 0
+    planned = needed if fitted is None else fitted.plan
+    print(f"{planned.title()}\n\n{planned.formulas()}\n\n{planned.table()}\n")
+    if fitted is not None:
+        print(f"{fitted.verdict()}\n\n{fitted.ladder()}\n")
+        if command is not None:
+            print(f"{command}\n")
+    print("Computed from configurations, not measured: no run on a GPU has confirmed the total.")
+    return 0
+
+
 def report(argv: list[str]) -> int:
     """`trl-dgpo report`: one HTML file of a run."""
     parser = argparse.ArgumentParser(prog="trl-dgpo report", description=_COMMANDS["report"][1])
@@ -422,6 +473,46 @@ def _build_still(
     """A trainer that trains nothing: it loads the weights as training would and leaves the run's folder alone."""
     args.output_dir, args.push_to_hub, args.report_to, args.num_log_images = scratch, False, [], 0
     return _build(script, args, model, train_dataset=dataset, eval_dataset=dataset, reward_funcs=rewards)
+
+
+def _flag(word: str) -> str | None:
+    """The name in `--name` or `--name=value`."""
+    return word[2:].split("=")[0].replace("-", "_") if word.startswith("--") else None
+
+
+def _as_on_a_gpu(flags: list[str]) -> list[str]:
+    """Flags with which a configuration is read on any machine as it would be on one with a GPU."""
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--config")
+    recipe = chooser.parse_known_args(flags)[0].config
+    given = {_flag(word) for word in flags} | set(_read_recipe(recipe) if recipe else ())
+    return ["--use_cpu", "true", *([] if given & {"bf16", "fp16"} else ["--bf16", "true"])]
+
+
+def _train_command(flags: list[str], script: PlanArguments, changes: dict[str, Any]) -> str:
+    """The command that trains what was planned."""
+    from .plan import words
+
+    if script.fp32:
+        changes = {"bf16": False, **changes}
+    parts: list[str] = []
+    for word in flags:
+        if _flag(word) == "model":
+            parts.append(word.replace("--model", "--model_name_or_path", 1))
+        elif _flag(word) is not None:
+            parts.append(word)
+        else:
+            parts[-1] += f" {shlex.quote(word)}"
+    parts = [part for part in parts if _flag(part.split()[0]) not in {"vram", "fp32", "json", *changes}]
+    parts += [words({name: value}) for name, value in changes.items()]
+    parts += [f"--{name} ..." for name in ("dataset_name", "reward_funcs") if getattr(script, name) is None]
+    lines = ["trl-dgpo train"]
+    for part in parts:
+        if len(lines[-1]) + len(part) < 96:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(f"    {part}")
+    return " \\\n".join(lines)
 
 
 def _dataset(script: DGPOScriptArguments, split: str) -> Any:
@@ -576,5 +667,6 @@ _COMMANDS = {
     "train": (train, "Train a model with a reward."),
     "evaluate": (evaluate, "Measure a model on held-out prompts."),
     "sample": (sample, "Draw pictures of prompts."),
+    "plan": (plan, "Compute the GPU memory that a run needs, and what fits."),
     "report": (report, "Write one HTML file that shows a run."),
 }

@@ -77,15 +77,14 @@ def check_installed(deepspeed: Any) -> None:
         raise ValueError("DeepSpeed is asked for and not installed. `pip install deepspeed`, or leave it out.")
 
 
-def check_engine(args: Any, *, allow_unverified: bool) -> str:
+def check_engine(args: Any) -> str:
     """
     Refuse what was not run, what goes wrong, and what accelerate would pass over silently.
 
     Args:
         args ([`DGPOConfig`]):
-            The arguments; the environment, where `accelerate launch` leaves its configuration, is read too.
-        allow_unverified (`bool`):
-            Whether an engine that was not run is let through with a warning.
+            The arguments, of which `allow_unverified_engine` lets through, with a warning, what was not run. The
+            environment, where `accelerate launch` leaves its configuration, is read too.
 
     Returns:
         Key of the engine in `ENGINES`.
@@ -104,7 +103,7 @@ def check_engine(args: Any, *, allow_unverified: bool) -> str:
     if key == "zero2":
         _check_deepspeed(args)
     if engine.state == "not run":
-        if not allow_unverified:
+        if not args.allow_unverified_engine:
             advice = "" if args.full_finetuning else f"{_PLAIN} "
             raise ValueError(
                 f"{engine.name} was not run with this package: {engine.note}. {advice}To try it all the same, set "

@@ -1,10 +1,16 @@
 """The SD3 backbone is the plain pipeline, cut where a trainer needs it: same bits, counted calls, pinned grids."""
 
+import copy
+import functools
+import itertools
 import json
+import shutil
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
@@ -14,13 +20,15 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UNet2DModel,
+    VQModel,
 )
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from tiny_models import tiny_random_pipeline
 
-from trl_dgpo.backbones import load_backbone
+from trl_dgpo.backbones import load_backbone, sd3
 from trl_dgpo.backbones.sd3 import SD3Backbone
 from trl_dgpo.noising import trainable_levels
+from trl_dgpo.policy import Policy
 
 
 PROMPTS = ["a sign: cafe", "a sign: hi"]
@@ -245,6 +253,25 @@ def test_one_forward_a_step_of_twice_the_batch_with_guidance(guidance_scale, bat
 
 
 @pytest.mark.parametrize(("sampler", "sigmas"), [("dpm", "dpm"), ("euler", "model")])
+def test_a_grid_is_made_once(sampler, sigmas, monkeypatch):
+    backbone = make_backbone(sampler=sampler, sigmas=sigmas)
+    conditioning = backbone.encode(PROMPTS)
+    scheduler_class = type(backbone.scheduler)
+    made, set_timesteps = [], scheduler_class.set_timesteps
+    monkeypatch.setattr(
+        scheduler_class, "set_timesteps", lambda self, n, **_: made.append(n) or set_timesteps(self, n, **_)
+    )
+    # what would look for the first timestep, on a device
+    monkeypatch.setattr(scheduler_class, "index_for_timestep", None)
+    for num_steps in (2, 3, 2, 2, 3):
+        backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=num_steps, guidance_scale=1.0)
+    assert made == [2, 3]
+    backbone.scheduler = copy.deepcopy(backbone.scheduler)
+    backbone.sigmas(2)
+    assert made == [2, 3, 2]  # another one has its own
+
+
+@pytest.mark.parametrize(("sampler", "sigmas"), [("dpm", "dpm"), ("euler", "model")])
 def test_nothing_leaks_from_one_rollout_into_the_next(sampler, sigmas):
     backbone = make_backbone(sampler=sampler, sigmas=sigmas)
     schedulers = (backbone.scheduler, backbone.pipeline.scheduler)
@@ -271,6 +298,19 @@ def test_rollout_has_no_gradient_and_no_dropout_and_gives_the_mode_back():
     model.eval()
     backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=2, guidance_scale=1.0)
     assert not backbone.transformer.training
+
+
+def test_rollout_has_no_dropout_in_adapters_that_came_later():
+    backbone = make_backbone()
+    conditioning = backbone.encode(PROMPTS)
+    backbone.transformer.eval()
+    lora_model(backbone, lora_dropout=0.5)  # PEFT's dropout is born in training mode
+    modes = [module.training for module in backbone.transformer.modules()]
+    assert not backbone.transformer.training
+    assert any(modes)
+    rollouts = [backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=2, guidance_scale=1.0) for _ in range(2)]
+    assert torch.equal(*rollouts)
+    assert modes == [module.training for module in backbone.transformer.modules()]
 
 
 # Encoding and decoding
@@ -315,6 +355,222 @@ def test_every_distinct_prompt_is_encoded_once():
     assert [len(c) for c in calls] == [4, 4, 4]
 
 
+def test_a_distinct_prompt_is_copied_to_the_device_once(monkeypatch):
+    backbone = make_backbone()
+    copied = []
+    to_device = backbone._to_device
+    monkeypatch.setattr(backbone, "_to_device", lambda t: copied.append(tuple(t.shape)) or to_device(t))
+    conditioning = backbone.encode(["a", "b", "a", "a"])
+    assert copied == [(2, 16 + LENGTH, 16), (2, 16), (4,)]  # two rows of each, and which row is whose
+    for name, rows in conditioning.items():
+        assert torch.equal(rows, torch.stack([backbone.encode([prompt])[name][0] for prompt in "abaa"]))
+    copied.clear()
+    backbone.encode(["b", "a"])
+    assert copied == [(2, 16 + LENGTH, 16), (2, 16)]
+
+    copied.clear()
+    for _ in range(3):
+        backbone.predict(noise(4, 4, 8, 8), 0.5, conditioning, guidance_scale=3.0)
+    assert copied == [(1, 16 + LENGTH, 16), (1, 16)]  # the negative prompt stays there
+    backbone.negative_prompt = "ugly"
+    guided = backbone.predict(noise(4, 4, 8, 8), 0.5, conditioning, guidance_scale=3.0)
+    away = make_backbone(negative_prompt="ugly")
+    assert torch.equal(guided, away.predict(noise(4, 4, 8, 8), 0.5, conditioning, guidance_scale=3.0))
+
+
+def test_a_row_that_is_changed_does_not_change_what_is_kept():
+    backbone = make_backbone()
+    first = backbone.encode(["a"])
+    kept = {name: rows.clone() for name, rows in first.items()}
+    for rows in first.values():
+        rows.zero_()
+    assert all(torch.equal(rows, kept[name]) for name, rows in backbone.encode(["a"]).items())
+
+
+def test_only_the_last_prompts_are_kept(monkeypatch):
+    monkeypatch.setattr(sd3, "ENCODE_CACHE_SIZE", 2)
+    backbone = make_backbone()
+    calls = record_calls(backbone.pipeline.text_encoder)
+    assert len(backbone.encode(["a", "b", "c"])["pooled_projections"]) == 3  # more than are kept
+    backbone.encode(["b"])  # now c is the oldest
+    backbone.encode(["d"])
+    assert len(calls) == 4
+    backbone.encode(["b", "d"])
+    assert len(calls) == 4
+    backbone.encode(["c"])
+    assert len(calls) == 5
+
+
+def test_prompt_embeds_are_asked_before_the_encoders():
+    backbone = make_backbone()
+    calls = record_calls(backbone.pipeline.text_encoder)
+    row = {"encoder_hidden_states": noise(16 + LENGTH, 16), "pooled_projections": noise(16)}
+    backbone.prompt_embeds = {"a": row, "": row}
+    conditioning = backbone.encode(["b", "a", "a"])
+    assert len(calls) == 1
+    for name, rows in conditioning.items():
+        assert torch.equal(rows[1], row[name])
+        assert torch.equal(rows[2], row[name])
+        assert torch.equal(rows[0], make_backbone().encode(["b"])[name][0])
+    backbone.predict(noise(3, 4, 8, 8), 0.5, conditioning, guidance_scale=3.0)
+    assert len(calls) == 1
+
+
+# Where things are
+
+
+def record_moves(modules, monkeypatch) -> list[tuple[int, str]]:
+    """(Which of `modules`, where to) of every `.to` from now on; away from "cpu" parameters get other memory."""
+    moves = []
+
+    def move(number, module, device):
+        moves.append((number, str(device)))
+        if str(device) != "cpu":
+            for parameter in module.parameters():
+                parameter.data = parameter.data.clone()
+
+    for number, module in enumerate(modules):
+        monkeypatch.setattr(module, "to", functools.partial(move, number, module))
+    return moves
+
+
+def memory(module: torch.nn.Module) -> list[int]:
+    return [parameter.data_ptr() for parameter in module.parameters()]
+
+
+def text_encoders(backbone: SD3Backbone) -> list[torch.nn.Module]:
+    return [backbone.pipeline.text_encoder, backbone.pipeline.text_encoder_2, backbone.pipeline.text_encoder_3]
+
+
+def test_offloaded_encoders_visit_the_device_only_to_encode(monkeypatch):
+    backbone = make_backbone(True, offload_text_encoders=True)
+    monkeypatch.setattr(SD3Backbone, "device", torch.device("cpu:0"))  # to be told from "cpu"
+    encoders = text_encoders(backbone)
+    home = [memory(encoder) for encoder in encoders]
+    moves = record_moves(encoders, monkeypatch)
+    calls = record_calls(encoders[2])
+
+    conditioning = backbone.encode(["a", "b", "a"])
+    there, back = [(i, "cpu:0") for i in range(3)], [(i, "cpu") for i in range(3)]
+    assert moves == [*there, *back]
+    assert [memory(encoder) for encoder in encoders] == home  # the host's own weights: nothing was copied back
+    assert len(calls) == 3  # both, and the negative prompt on the same way
+    backbone.encode(["b", "a"])
+    backbone.sample(noise(3, 4, 8, 8), conditioning, num_steps=2, guidance_scale=3.0)
+    assert moves == [*there, *back]
+    assert len(calls) == 3
+    backbone.encode(["c"])
+    assert len(moves) == 12
+    assert len(calls) == 4
+    for name, rows in make_backbone(True).encode(["a", "b", "a"]).items():
+        assert torch.equal(rows, conditioning[name])
+
+
+def test_prompts_that_are_remembered_need_one_journey(monkeypatch):
+    backbone = make_backbone(True, offload_text_encoders=True)
+    monkeypatch.setattr(SD3Backbone, "device", torch.device("cpu:0"))
+    moves = record_moves(text_encoders(backbone), monkeypatch)
+    backbone.remember(["a", "b", "c", "a"])
+    assert len(moves) == 6
+    for prompt in "abc":
+        backbone.encode([prompt])
+    assert len(moves) == 6
+
+
+def test_offloaded_encoders_come_back_from_a_failure(monkeypatch):
+    backbone = make_backbone(True, offload_text_encoders=True)
+    encoders = text_encoders(backbone)
+    home = [memory(encoder) for encoder in encoders]
+    moves = record_moves(encoders, monkeypatch)
+    with monkeypatch.context() as context:
+        context.setattr(encoders[2], "forward", None)
+        context.setattr(SD3Backbone, "device", torch.device("cpu:0"))
+        with pytest.raises(TypeError):
+            backbone.encode(["a"])
+    assert [number for number, _ in moves] == [0, 1, 2, 0, 1, 2]
+    assert [memory(encoder) for encoder in encoders] == home
+    assert torch.equal(
+        backbone.encode(["a"])["pooled_projections"], make_backbone().encode(["a"])["pooled_projections"]
+    )
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_place_moves_everything_but_encoders_that_wait(offload, monkeypatch):
+    backbone = make_backbone(True, offload_text_encoders=offload)
+    modules = [backbone.transformer, backbone.vae, *text_encoders(backbone)]
+    moves = record_moves(modules, monkeypatch)
+    backbone.place("cpu:0")
+    assert moves == [(i, "cpu" if offload and i > 1 else "cpu:0") for i in range(5)]
+    moves.clear()
+    backbone.encode(["a"])
+    assert len(moves) == (6 if offload else 0)
+
+
+def test_what_was_quantised_or_dispatched_stays(monkeypatch):
+    backbone = make_backbone(True, offload_text_encoders=True)
+    modules = [backbone.transformer, backbone.vae, *text_encoders(backbone)]
+    backbone.transformer.is_quantized = True
+    backbone.pipeline.text_encoder.is_quantized = True
+    backbone.pipeline.text_encoder_2.hf_device_map = {"": 0}
+    add_hook_to_module(backbone.pipeline.text_encoder_3, ModelHook())
+    moves = record_moves(modules, monkeypatch)
+    backbone.place("cpu:0")
+    backbone.encode(["a"])
+    assert moves == [(1, "cpu:0")]  # the VAE
+
+
+# What the embeddings depend on
+
+
+def test_embeds_key_is_that_of_the_same_encoders(tmp_path):
+    backbone = make_backbone(True)
+    key = backbone.embeds_key()
+    backbone.encode(PROMPTS)  # tokenizers keep how they were called last
+    assert backbone.embeds_key() == key
+    assert make_backbone(True, negative_prompt="ugly", sampler="euler").embeds_key() == key
+    backbone.pipeline.save_pretrained(tmp_path)
+    assert load_backbone(tmp_path, max_sequence_length=LENGTH).embeds_key() == key
+    lora_model(backbone)
+    assert backbone.embeds_key() == key
+
+
+def test_embeds_key_sees_what_changes_the_embeddings():
+    def one_bit(backbone):
+        weight = backbone.pipeline.text_encoder_3.get_parameter("encoder.block.0.layer.0.SelfAttention.q.weight")
+        weight.view(torch.int32)[3, 5] ^= 1
+
+    def two_rows_change_places(backbone):
+        table = backbone.pipeline.text_encoder_2.get_input_embeddings().weight.data
+        table[[0, -1]] = table[[-1, 0]]
+
+    def set_option(backbone):
+        backbone.pipeline.text_encoder.config.hidden_act = "gelu"
+
+    def another_word(backbone):
+        backbone.pipeline.tokenizer.add_tokens(["cafe"])
+
+    def shorter(backbone):
+        backbone.pipeline.tokenizer_2.model_max_length = 8
+
+    def half(backbone):
+        backbone.pipeline.text_encoder_3.to(torch.bfloat16)
+
+    changes = [one_bit, two_rows_change_places, set_option, another_word, shorter, half]
+    backbones = [make_backbone(True) for _ in changes]
+    with torch.no_grad():
+        for change, backbone in zip(changes, backbones, strict=True):
+            change(backbone)
+    backbones += [make_backbone(True), make_backbone(), make_backbone(True, max_sequence_length=LENGTH + 1)]
+    assert len({backbone.embeds_key() for backbone in backbones}) == len(backbones)
+
+
+def test_embeds_key_needs_the_weights():
+    backbone = make_backbone()
+    backbone.pipeline.text_encoder.to("meta")
+    with pytest.raises(ValueError, match="of a text encoder are not in memory"):
+        backbone.embeds_key()
+
+
 def test_max_sequence_length_and_negative_prompt_count():
     backbone = make_backbone()
     assert backbone.encode(["a"])["encoder_hidden_states"].shape == (1, 16 + LENGTH, 16)
@@ -332,10 +588,27 @@ def test_slices_and_autocast_do_not_change_the_images():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(images, backbone.decode(x0))
     calls = []
-    backbone.vae.decoder.register_forward_pre_hook(lambda _module, args: calls.append(len(args[0])))
-    sliced = backbone.decode(x0, slice_size=2)
+    sliced_backbone = make_backbone(decode_batch_size=2)
+    sliced_backbone.vae.decoder.register_forward_pre_hook(lambda _module, args: calls.append(len(args[0])))
+    sliced = sliced_backbone.decode(x0)
     assert calls == [2, 2, 1]
     assert (sliced.int() - images.int()).abs().max() <= 1  # another batch size may round differently
+
+
+def test_tiles_are_for_large_images():
+    whole, tiled = make_backbone(), make_backbone(vae_tiling=True)
+    small, large = noise(2, 4, 8, 8), noise(2, 4, 8, 16)
+    assert torch.equal(whole.decode(small), tiled.decode(small))
+    calls = []
+    tiled.vae.decoder.register_forward_pre_hook(lambda _module, args: calls.append(args[0].shape[-1]))
+    images = tiled.decode(large)
+    assert len(calls) > 1
+    assert max(calls) <= 8
+    assert images.shape == whole.decode(large).shape
+    with pytest.raises(ValueError, match="`vae_tiling` is True, and the VAE, a VQModel, cannot decode in tiles"):
+        SD3Backbone(
+            StableDiffusion3Pipeline(**{**tiny_random_pipeline().components, "vae": VQModel()}), vae_tiling=True
+        )
 
 
 def test_latent_shape():
@@ -441,6 +714,119 @@ def test_gradient_checkpointing_changes_memory_not_gradients():
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
     assert gradients[0].norm() > 0
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+# Compiled blocks
+
+
+class CountingBackend:
+    """A backend that runs graphs as they are, and counts graphs and their calls."""
+
+    def __init__(self):
+        self.graphs = self.calls = 0
+
+    def __call__(self, graph, _inputs):
+        self.graphs += 1
+
+        def run(*args):
+            self.calls += 1
+            return graph.forward(*args)
+
+        return run
+
+
+@pytest.fixture
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def every_kind_of_forward(backbone: SD3Backbone, policy: Policy, views: tuple) -> Iterator[torch.Tensor]:
+    """Velocities and gradients, with every view of `views`, merged and not, for batches of two sizes."""
+    conditioning = backbone.encode(PROMPTS)
+    policy.model.eval()
+    for view, merged, rows in itertools.product(views, (False, True), (2, 1)):
+        with torch.no_grad(), policy.using(view, merged=merged):
+            rows_of = {name: tensor[:rows] for name, tensor in conditioning.items()}
+            yield backbone.predict(noise(rows, 4, 8, 8), 0.7, rows_of)
+    yield backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=2, guidance_scale=3.0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=len(views) > 2):
+        velocity = backbone.predict(noise(2, 4, 8, 8), 0.7, conditioning, model=policy.model.train())
+    yield velocity
+    policy.model.zero_grad()
+    velocity.float().square().mean().backward()
+    yield torch.cat([p.grad.flatten() for p in policy.tensors().values()])
+
+
+def scrambled_policy(backbone: SD3Backbone) -> Policy:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(backbone.LORA_TARGETS))
+    policy = Policy(backbone.transformer, config, views=("old", "ema"))
+    generator = torch.Generator().manual_seed(0)
+    for view in (None, "old", "ema"):
+        for tensor in policy.tensors(view).values():
+            torch.nn.init.normal_(tensor, std=0.1, generator=generator)
+    return policy
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize(
+    ("views", "checkpointing"),
+    [
+        (("old",), True),
+        pytest.param((None, "base", "old", "ema"), False, marks=pytest.mark.slow),
+        pytest.param((None, "base", "old", "ema"), True, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_give_what_plain_ones_give(views, checkpointing):
+    outputs, backend = [], CountingBackend()
+    for compiled in (False, True):
+        backbone = make_backbone()
+        policy = scrambled_policy(backbone)
+        if checkpointing:
+            backbone.enable_gradient_checkpointing()
+        if compiled:
+            backbone.compile_blocks(backend=backend)
+            counts = [record_calls(block) for block in backbone.transformer.transformer_blocks]
+        outputs.append([output.detach() for output in every_kind_of_forward(backbone, policy, views)])
+    for plain, compiled in zip(*outputs, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+    # More graphs than torch's own limit, and never an uncompiled block.
+    assert backend.graphs > 8
+    assert backend.calls == sum(map(len, counts))
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_blocks_share_graphs_and_go_through_aot():
+    backbone = make_backbone()
+    blocks = backbone.transformer.transformer_blocks
+    blocks.extend([copy.deepcopy(blocks[0]) for _ in range(6)])
+    blocks.append(blocks.pop(1))  # the one without text output is the last again
+    conditioning = backbone.encode(PROMPTS)
+    with torch.no_grad():
+        plain = backbone.predict(noise(2, 4, 8, 8), 0.7, conditioning)
+        backbone.compile_blocks(backend="aot_eager")
+        torch._dynamo.utils.counters.clear()
+        compiled = backbone.predict(noise(2, 4, 8, 8), 0.7, conditioning)
+    torch.testing.assert_close(compiled, plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < len(blocks) // 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compiled_by_inductor():
+    velocities = []
+    for compiled in (False, True):
+        backbone = make_backbone()
+        policy = scrambled_policy(backbone)
+        if compiled:
+            backbone.compile_blocks()
+        velocity = backbone.predict(noise(2, 4, 8, 8), 0.7, backbone.encode(PROMPTS), model=policy.model)
+        velocity.square().mean().backward()
+        velocities.append((velocity, *(p.grad for p in policy.tensors().values())))
+    for plain, compiled in zip(*velocities, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5)
 
 
 # LoRA

@@ -55,6 +55,7 @@ def arguments(left, **changes):
         "deepspeed": None,
         "deepspeed_plugin": plugin,
         "parallelism_config": None,
+        "allow_unverified_engine": False,
     }
     return SimpleNamespace(**defaults | changes)
 
@@ -78,10 +79,10 @@ def test_accelerate_reads_what_the_file_says(file, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(16 // nodes))
     engine = ENGINES[ENGINE[file.stem]]
-    assert check_engine(arguments(left), allow_unverified=True) == ENGINE[file.stem]
+    assert check_engine(arguments(left, allow_unverified_engine=True)) == ENGINE[file.stem]
     if engine.state == "not run":
         with pytest.raises(ValueError, match=f"{engine.name} was not run"):
-            check_engine(arguments(left), allow_unverified=False)
+            check_engine(arguments(left))
     assert re.search("not run", file.read_text(), re.IGNORECASE)  # none of them was: they are for GPUs
 
 
@@ -100,7 +101,7 @@ def test_accelerate_starts_one_process_on_a_cpu(monkeypatch, caplog):
         monkeypatch.delenv(variable, raising=False)
     for variable, value in left.items():
         monkeypatch.setenv(variable, value)
-    check_engine(arguments(left, world_size=1, device=torch.device("cpu")), allow_unverified=False)
+    check_engine(arguments(left, world_size=1, device=torch.device("cpu")))
     assert "asked for several processes and started one" in caplog.text
 
 

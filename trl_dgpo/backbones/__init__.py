@@ -50,8 +50,8 @@ def load_backbone(
         quantization_config (`~diffusers.BitsAndBytesConfig` or `~transformers.BitsAndBytesConfig`, *optional*):
             How the transformer of a named model is quantised.
         **options:
-            Arguments of the family's backbone, such as `sampler`, `sigmas`, `max_sequence_length` and
-            `negative_prompt` of [`~trl_dgpo.backbones.sd3.SD3Backbone`].
+            Arguments of the family's backbone, such as `sampler`, `max_sequence_length` and `offload_text_encoders` of
+            [`~trl_dgpo.backbones.sd3.SD3Backbone`].
 
     Raises:
         `TypeError`: if `model` or `quantization_config` is none of these.
@@ -63,7 +63,7 @@ def load_backbone(
     from .sd3 import SD3Backbone
 
     if isinstance(model, DiffusionPipeline):
-        _check_family({cls.__name__ for cls in type(model).__mro__}, f"a {type(model).__name__}")
+        check_family({cls.__name__ for cls in type(model).__mro__}, f"a {type(model).__name__}")
         loading = {"revision": revision, "init_kwargs": init_kwargs, "quantization_config": quantization_config}
         if given := [name for name, value in loading.items() if value]:
             raise ValueError(f"{given} say how a model is loaded, but `model` is a pipeline that is loaded already.")
@@ -76,8 +76,8 @@ def load_backbone(
             f"`model` is a {type(model).__name__}; it must be an id on the Hub, a folder or a diffusers pipeline."
         )
 
-    index = _read_index(model, revision, access(init_kwargs or {}))
-    _check_family({index["_class_name"]}, f"{os.fspath(model)!r}, a {index['_class_name']}")
+    index = read_index(model, revision, access(init_kwargs or {}))
+    check_family({index["_class_name"]}, f"{os.fspath(model)!r}, a {index['_class_name']}")
     arguments = {name: None for name, entry in index.items() if entry == [None, None]}
     if quantization_config is not None:
         arguments["quantization_config"] = _transformer_quantization(quantization_config)
@@ -111,8 +111,13 @@ def access(init_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: init_kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in init_kwargs}
 
 
-def _read_index(model: str | os.PathLike, revision: str | None, access: dict[str, Any]) -> dict:
-    """The pipeline's `model_index.json`, from the folder or from the Hub."""
+def read_index(model: str | os.PathLike, revision: str | None, access: dict[str, Any]) -> dict:
+    """
+    A pipeline's `model_index.json`, from a folder or from the Hub.
+
+    Raises:
+        `ValueError`: if nothing is found under this name.
+    """
     from diffusers import DiffusionPipeline
 
     path = Path(model)
@@ -134,7 +139,11 @@ def _read_index(model: str | os.PathLike, revision: str | None, access: dict[str
         ) from error
 
 
-def _check_family(class_names: set[str], what: str) -> None:
+def check_family(class_names: set[str], what: str) -> None:
+    """
+    Raises:
+        `ValueError`: if none of a pipeline's class names is supported.
+    """
     if not class_names & SUPPORTED_PIPELINES.keys():
         supported = "; ".join(f"{name} ({models})" for name, models in SUPPORTED_PIPELINES.items())
         raise ValueError(f"`model` is {what}, which is not supported. Supported: {supported}.")

@@ -4,14 +4,19 @@ Stable Diffusion 3 and 3.5: the only file that knows this family.
 Conventions: latents are in the transformer's space (scaled and shifted); `sigma` in [0, 1] is the noise level, 1 is
 noise; `timestep` = 1000 `sigma` exists only where the transformer is called; the transformer predicts the velocity \\(
 \epsilon - x_0 \\) ([2403.03206](https://huggingface.co/papers/2403.03206)). A conditioning is a dict of tensors with
-one row a prompt or a latent, named as the transformer names them. Moving modules and autocast are the caller's
-business.
+one row a prompt or a latent, named as the transformer names them. Autocast is the caller's business.
 """
 
 import copy
 import functools
+import hashlib
+import json
 import os
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
 
 import torch
 from diffusers import (
@@ -20,14 +25,19 @@ from diffusers import (
     SchedulerMixin,
     StableDiffusion3Pipeline,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import noising
 
 
 SAMPLERS = ("dpm", "euler", "sde")
 SIGMAS = ("dpm", "model")
+CONDITIONING = ("encoder_hidden_states", "pooled_projections")
 ENCODE_CACHE_SIZE = 512  # prompts kept in host memory: 1.7 MB each for SD3.5 with T5 in bfloat16
+# Graphs of the blocks' forward, which all blocks share: of three kinds of blocks, with and without gradient, for one
+# batch size and then for any, in training and evaluation, with each view of a policy, merged or not. Torch's own limit
+# is 8; beyond it everything runs uncompiled.
+COMPILED_GRAPHS = 128
 
 
 class SD3Backbone:
@@ -54,10 +64,24 @@ class SD3Backbone:
             the number counts there too.
         negative_prompt (`str`, *optional*, defaults to `""`):
             The prompt that guidance leads away from.
+        offload_text_encoders (`bool`, *optional*, defaults to `False`):
+            Keep the text encoders on the CPU, and on the transformer's device only while they encode.
+        decode_batch_size (`int`, *optional*):
+            Latents decoded at a time, a matter of memory: as many as make two megapixels if not given, 8 images of
+            512 x 512. Kernels may round differently for another batch size.
+        vae_tiling (`bool`, *optional*, defaults to `False`):
+            Decode images larger than the VAE's own (`sample_size` in its configuration, 1024 for SD3) in overlapping
+            tiles, which saves memory and may show in the pictures.
+
+    Attributes:
+        prompt_embeds (`Mapping[str, dict[str, torch.Tensor]]`, *optional*):
+            Rows by prompt that are asked for before the text encoders are, such as those of
+            [`~trl_dgpo.prompt_embeds.precompute`].
 
     Raises:
-        `ValueError`: for an unknown `sampler` or `sigmas` or a pair of them that does not go together, and for a
-            pipeline whose scheduler has no fixed shift.
+        `ValueError`: for an unknown `sampler` or `sigmas` or a pair of them that does not go together, for a
+            pipeline whose scheduler has no fixed shift, for a `decode_batch_size` below 1, and for tiles of a VAE that
+            has none.
     """
 
     # The attention over image and text of every block. The image-only second attention of SD3.5-Medium (`attn2`) is
@@ -81,37 +105,65 @@ class SD3Backbone:
         sigmas: str = "dpm",
         max_sequence_length: int = 128,
         negative_prompt: str = "",
+        offload_text_encoders: bool = False,
+        decode_batch_size: int | None = None,
+        vae_tiling: bool = False,
     ):
         if sampler not in SAMPLERS:
             raise ValueError(f"`sampler` is {sampler!r}; it must be one of {', '.join(map(repr, SAMPLERS))}.")
         if sigmas not in SIGMAS:
             raise ValueError(f"`sigmas` is {sigmas!r}; it must be one of {', '.join(map(repr, SIGMAS))}.")
+        if decode_batch_size is not None and decode_batch_size < 1:
+            raise ValueError(f"`decode_batch_size` is {decode_batch_size}; it must be at least 1, or None.")
         self.pipeline = pipeline
         self.transformer = pipeline.transformer
         self.vae = pipeline.vae
         self.sampler = sampler
         self.max_sequence_length = max_sequence_length
         self.negative_prompt = negative_prompt
+        self.offload_text_encoders = offload_text_encoders
+        self.decode_batch_size = decode_batch_size
+        self.prompt_embeds: Mapping[str, dict[str, Tensor]] | None = None
         self.shift_factor = _shift_factor(pipeline.scheduler)
         self.scheduler = _scheduler(pipeline.scheduler, sampler, sigmas, self.shift_factor)
-        for module in (self.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
-            if module is not None:
-                module.requires_grad_(False).eval()
-        # a cache of this object's own, by prompt
-        self._encode_one = functools.lru_cache(maxsize=ENCODE_CACHE_SIZE)(self._encode_one)
+        encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+        self._text_encoders = [encoder for encoder in encoders if encoder is not None]
+        for module in (self.vae, *self._text_encoders):
+            module.requires_grad_(False).eval()
+        if vae_tiling:
+            _enable_tiling(self.vae)
+        self._encoded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # rows on the host, the last used last
+        self._negative: tuple[Any, dict[str, Tensor]] = (None, {})  # what it was made of, and its row on the device
+        self._prepared = functools.lru_cache(maxsize=16)(_prepared)
 
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
+
+    def place(self, device: torch.device | str) -> None:
+        """
+        Move transformer, VAE and text encoders to where they work, or the text encoders to the CPU where they wait.
+
+        Modules that were quantised, dispatched (`device_map`) or offloaded (`pipeline.enable_model_cpu_offload()`)
+        stay where they were put.
+
+        Args:
+            device (`torch.device` or `str`):
+                The device of the transformer.
+        """
+        for module in (self.transformer, self.vae, *self._text_encoders):
+            if _is_movable(module):
+                waits = self.offload_text_encoders and any(module is encoder for encoder in self._text_encoders)
+                module.to("cpu" if waits else device)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """
         Conditioning of prompts, one row each.
 
-        Every distinct prompt goes through the text encoders once, alone and outside autocast, and is then kept on the
-        host: its row has the same bits whatever the order and the company of prompts. The encoders run where they are,
-        which need not be the transformer's device.
+        Every distinct prompt is looked for among those encoded last, then in `prompt_embeds`, and only then goes
+        through the text encoders: once, alone and outside autocast, so that its row has the same bits whatever the
+        order and the company of prompts. It is then kept on the host.
 
         Args:
             prompts (`list[str]`):
@@ -121,11 +173,51 @@ class SD3Backbone:
             `dict[str, torch.Tensor]`: `encoder_hidden_states` of shape `(P, L, D)` and `pooled_projections` of shape
             `(P, E)`, on the backbone's device and in the text encoders' dtype.
         """
-        rows = {prompt: self._encode_one(prompt) for prompt in dict.fromkeys(prompts)}
-        return {
-            name: torch.cat([rows[prompt][name] for prompt in prompts]).to(self.device)
-            for name in ("encoder_hidden_states", "pooled_projections")
-        }
+        distinct = list(dict.fromkeys(prompts))
+        rows = self._rows(distinct)
+        conditioning = {name: self._to_device(torch.stack([row[name] for row in rows])) for name in CONDITIONING}
+        if len(distinct) == len(prompts):
+            return conditioning
+        number = {prompt: i for i, prompt in enumerate(distinct)}
+        index = self._to_device(torch.tensor([number[prompt] for prompt in prompts]))
+        return {name: tensor.index_select(0, index) for name, tensor in conditioning.items()}
+
+    @torch.no_grad()
+    def remember(self, prompts: list[str]) -> None:
+        """
+        Encode what is not known yet, for `encode` to find on the host: where the text encoders are offloaded, one
+        journey for all prompts.
+
+        Args:
+            prompts (`list[str]`):
+                Prompts, at most 512 different ones; of more the first are forgotten again.
+        """
+        self._rows(list(dict.fromkeys(prompts)))
+
+    def embeds_key(self) -> str:
+        """
+        What decides the bits of `encode`: two backbones of one key, once they are placed, give the same rows.
+
+        It is a hash over the text encoders' configurations and weights, the tokenizers, `max_sequence_length`, the
+        kind of device and the versions of torch, transformers and diffusers. Of the weights every byte is read, but
+        only sums over sixteenths of each tensor are hashed, a second for ten gigabytes: it would not see values that
+        change places within such a part.
+
+        Raises:
+            `ValueError`: if a text encoder's weights are not in memory.
+        """
+        pipeline = self.pipeline
+        described = [
+            self.max_sequence_length,
+            self.transformer.config.joint_attention_dim,  # width of the zeros in place of a third text encoder
+            self.device.type,
+            [version(library) for library in ("torch", "transformers", "diffusers")],
+        ]
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3):
+            described.append(None if tokenizer is None else _describe_tokenizer(tokenizer))
+        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+            described.append(None if encoder is None else _describe_encoder(encoder))
+        return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """
@@ -162,9 +254,7 @@ class SD3Backbone:
         Returns:
             `torch.Tensor` of shape `(num_steps,)`, float64, on the CPU.
         """
-        scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(num_steps)
-        return scheduler.timesteps.double() / 1000
+        return self._prepared(self.scheduler, num_steps, torch.device("cpu")).timesteps.double() / 1000
 
     @torch.no_grad()
     def sample(
@@ -206,16 +296,16 @@ class SD3Backbone:
             raise ValueError(
                 f"`step_noise` is given and `sampler` is {self.sampler!r}, which draws nothing; only 'sde' takes it."
             )
-        scheduler = copy.deepcopy(self.scheduler)  # it counts steps and keeps predictions: a fresh one for each call
-        scheduler.set_timesteps(num_steps, device=self.device)
-        # The start is pure noise, level 1, also where the grid says 0.99967: there the SDE's 1 / (1 - sigma) explodes.
-        levels = [1.0, *scheduler.sigmas.tolist()[1:]]
+        # It counts steps and keeps predictions: a fresh one for each call.
+        scheduler = copy.deepcopy(self._prepared(self.scheduler, num_steps, self.device))
         latents = latents.to(self.device, conditioning["encoder_hidden_states"].dtype)
         conditioning = self._guided(conditioning, len(latents), guidance_scale)
+        if step_noise is not None:
+            # The start is pure noise, level 1, also where the grid says 0.99967: there the SDE's 1 / (1 - sigma)
+            # explodes.
+            levels = [1.0, *self._prepared(self.scheduler, num_steps, torch.device("cpu")).sigmas.tolist()[1:]]
 
-        was_training = self.transformer.training
-        self.transformer.eval()
-        try:
+        with _evaluating(self.transformer):
             for i, timestep in enumerate(scheduler.timesteps):
                 velocity = self._velocity(
                     self.transformer, latents, timestep.expand(len(latents)), conditioning, guidance_scale
@@ -224,12 +314,10 @@ class SD3Backbone:
                     latents = _sde_step(latents, velocity, levels, i, step_noise)
                 else:
                     latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        finally:
-            self.transformer.train(was_training)
         return latents
 
     @torch.no_grad()
-    def decode(self, x0: Tensor, *, slice_size: int | None = None) -> Tensor:
+    def decode(self, x0: Tensor) -> Tensor:
         """
         Images of clean latents: those of the pipeline's PIL output to the bit.
 
@@ -238,19 +326,17 @@ class SD3Backbone:
         Args:
             x0 (`torch.Tensor` of shape `(B, C, h, w)`):
                 Clean latents.
-            slice_size (`int`, *optional*):
-                Latents decoded at a time, a matter of memory: as many as make two megapixels if not given, 8 images of
-                512 x 512. Kernels may round differently for another batch size.
 
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, uint8, on the VAE's device.
         """
-        if slice_size is None:
-            slice_size = max(1, 2**21 // (x0[0, 0].numel() * self.pipeline.vae_scale_factor**2))
+        batch_size = self.decode_batch_size
+        if batch_size is None:
+            batch_size = max(1, 2**21 // (x0[0, 0].numel() * self.pipeline.vae_scale_factor**2))
         processor = self.pipeline.image_processor
         images = []
         with torch.autocast(self.vae.device.type, enabled=False):
-            for latents in x0.to(self.vae.device, self.vae.dtype).split(slice_size):
+            for latents in x0.to(self.vae.device, self.vae.dtype).split(batch_size):
                 latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
                 image = processor.postprocess(self.vae.decode(latents, return_dict=False)[0], output_type="pt")
                 images.append((image.float() * 255).round().to(torch.uint8))
@@ -324,18 +410,76 @@ class SD3Backbone:
         """Recompute activations in the backward: diffusers' name, which `Trainer` does not know."""
         self.transformer.enable_gradient_checkpointing()
 
-    def _encode_one(self, prompt: str) -> dict[str, Tensor]:
-        device = self.pipeline.text_encoder.device
-        with torch.autocast(device.type, enabled=False):
-            hidden_states, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt=[prompt],
-                prompt_2=None,
-                prompt_3=None,
-                device=device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-            )
-        return {"encoder_hidden_states": hidden_states.cpu(), "pooled_projections": pooled.cpu()}
+    def compile_blocks(self, backend: str | None = None, mode: str | None = None) -> None:
+        """
+        Compile the transformer's blocks in place, each at its first forward.
+
+        Blocks of one kind share their graphs, so that this takes a fraction of the time of compiling the whole
+        transformer. It goes with adapters, with weights that are changed in place, and with gradient checkpointing.
+
+        Args:
+            backend (`str`, *optional*):
+                Backend of `torch.compile`, inductor if not given.
+            mode (`str`, *optional*):
+                Mode of `torch.compile`, such as `"max-autotune-no-cudagraphs"`.
+        """
+        for block in self.transformer.transformer_blocks:
+            block.compile(backend=backend, mode=mode, recompile_limit=COMPILED_GRAPHS)
+
+    def _rows(self, prompts: list[str]) -> list[dict[str, Tensor]]:
+        """Rows of distinct prompts, on the host."""
+        rows = {}
+        for prompt in prompts:
+            if prompt in self._encoded:
+                self._encoded.move_to_end(prompt)
+                rows[prompt] = self._encoded[prompt]
+            elif self.prompt_embeds is not None and prompt in self.prompt_embeds:
+                rows[prompt] = self.prompt_embeds[prompt]
+        if missing := [prompt for prompt in prompts if prompt not in rows]:
+            rows |= self._encode(missing)
+        return [rows[prompt] for prompt in prompts]
+
+    def _encode(self, prompts: list[str]) -> dict[str, dict[str, Tensor]]:
+        negative = self.negative_prompt
+        known = (prompts, self._encoded, self.prompt_embeds or ())
+        if self.offload_text_encoders and not any(negative in rows for rows in known):
+            prompts = [*prompts, negative]  # now that the encoders are here
+        rows = {}
+        with self._encoders_here(), torch.autocast(self.device.type, enabled=False):
+            for prompt in prompts:
+                hidden_states, _, pooled, _ = self.pipeline.encode_prompt(
+                    prompt=[prompt],
+                    prompt_2=None,
+                    prompt_3=None,
+                    device=self.device,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=self.max_sequence_length,
+                )
+                rows[prompt] = dict(zip(CONDITIONING, (hidden_states[0].cpu(), pooled[0].cpu()), strict=True))
+        self._encoded |= rows
+        while len(self._encoded) > ENCODE_CACHE_SIZE:
+            self._encoded.popitem(last=False)
+        return rows
+
+    @contextmanager
+    def _encoders_here(self) -> Iterator[None]:
+        """The text encoders on the device, and where they are offloaded, on the CPU again afterwards."""
+        moved = [m for m in self._text_encoders if _is_movable(m)] if self.offload_text_encoders else []
+        on_host = [(p, p.data) for module in moved for p in module.parameters()]
+        try:
+            for module in moved:
+                module.to(self.device)
+            yield
+        finally:
+            for parameter, data in on_host:
+                parameter.data = data  # it was frozen, so it need not be copied back
+            for module in moved:
+                module.to("cpu")  # buffers
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()  # from there the copy does not make the host wait
+        return tensor.to(self.device, non_blocking=tensor.is_pinned())
 
     def _guided(self, conditioning: dict[str, Tensor], num_latents: int, guidance_scale: float) -> dict[str, Tensor]:
         """The conditioning of a forward: doubled, negative rows first, where there is guidance."""
@@ -346,7 +490,9 @@ class SD3Backbone:
                 )
         if guidance_scale <= 1:
             return conditioning
-        negative = self.encode([self.negative_prompt])
+        if self._negative[0] != (self.negative_prompt, self.device):
+            self._negative = (self.negative_prompt, self.device), self.encode([self.negative_prompt])
+        negative = self._negative[1]  # on the device: it is asked for with every guided prediction
         return {
             name: torch.cat([negative[name].to(rows.dtype).expand_as(rows), rows])
             for name, rows in conditioning.items()
@@ -357,17 +503,84 @@ class SD3Backbone:
         model: torch.nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor], guidance_scale: float
     ) -> Tensor:
         """One forward; `conditioning` comes from `_guided` with the same `guidance_scale`."""
-        copies = 2 if guidance_scale > 1 else 1
-        velocity = model(
-            hidden_states=torch.cat([x_t] * copies),
-            timestep=torch.cat([timestep] * copies),
-            **conditioning,
-            return_dict=False,
-        )[0]
+        if guidance_scale > 1:
+            x_t, timestep = torch.cat([x_t] * 2), torch.cat([timestep] * 2)
+        velocity = model(hidden_states=x_t, timestep=timestep, **conditioning, return_dict=False)[0]
         if guidance_scale <= 1:
             return velocity
         negative, positive = velocity.chunk(2)
         return negative + guidance_scale * (positive - negative)
+
+
+def _is_movable(module: nn.Module) -> bool:
+    """Whether a module is anyone's to move: quantised and dispatched weights know their place."""
+    return not (
+        getattr(module, "is_quantized", False) or hasattr(module, "hf_device_map") or hasattr(module, "_hf_hook")
+    )
+
+
+def _enable_tiling(vae: nn.Module) -> None:
+    try:
+        vae.enable_tiling()
+    except (AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"`vae_tiling` is True, and the VAE, a {type(vae).__name__}, cannot decode in tiles; leave it False."
+        ) from error
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode of every part: `model.training` alone says nothing of adapters that came later."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _describe_tokenizer(tokenizer: Any) -> list:
+    described = [tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side]
+    described.append(tokenizer.special_tokens_map)
+    if not tokenizer.is_fast:
+        return [type(tokenizer).__name__, *described, tokenizer.get_vocab(), tokenizer.init_kwargs]
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # what its last call asked for
+    return [*described, {name: part for name, part in backend.items() if name not in ("truncation", "padding")}]
+
+
+def _describe_encoder(encoder: nn.Module) -> list:
+    # Not what says where it was loaded from, or is only set when it is saved.
+    told_elsewhere = ("_name_or_path", "architectures", "dtype", "transformers_version")
+    config = {name: value for name, value in encoder.config.to_dict().items() if name not in told_elsewhere}
+    return [
+        type(encoder).__name__,
+        config,
+        encoder.config._attn_implementation,
+        *([name, list(t.shape), str(t.dtype), _checksums(name, t)] for name, t in encoder.state_dict().items()),
+    ]
+
+
+def _checksums(name: str, tensor: Tensor) -> list[int]:
+    """Sums over parts of a tensor's bytes, in words of eight where they fit."""
+    if tensor.is_meta:
+        raise ValueError(
+            f"The weights {name!r} of a text encoder are not in memory, so nothing tells what it computes. Load the "
+            "pipeline without sequential offloading."
+        )
+    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    words = data.view(torch.int64) if data.numel() % 8 == 0 else data.long()
+    return torch.stack([part.sum() for part in words.chunk(16)]).tolist() if words.numel() else []
+
+
+def _prepared(scheduler: SchedulerMixin, num_steps: int, device: torch.device) -> SchedulerMixin:
+    """A scheduler at the start of its walk, to be copied."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(num_steps, device=device)
+    scheduler.set_begin_index(0)  # or it would look for the first timestep, on the device
+    return scheduler
 
 
 def _shift_factor(scheduler: SchedulerMixin) -> float:

@@ -77,6 +77,7 @@ _OWN_FIELDS = {field.name for field in dataclasses.fields(DGPOConfig)} - {
 Model = str | os.PathLike | DiffusionPipeline | PeftModel
 
 _BUNDLED = "tiny"
+PROMPTS_AHEAD = 256  # encoded at once before they are sampled from
 REWARD_CONTEXT = ("trainer_state",)
 
 
@@ -325,8 +326,11 @@ class DiffusionTrainer(_BaseTrainer):
         The view to sample from is entered around the loop over this, not here: a generator that is left by an
         exception keeps what it has entered.
         """
+        ahead = batch_size * max(1, PROMPTS_AHEAD // batch_size)
         for start in range(0, len(latents), batch_size):
             rows = slice(start, start + batch_size)
+            if start % ahead == 0:
+                self.backbone.remember(prompts[start : start + ahead])
             with torch.no_grad(), self.accelerator.autocast():
                 clean = self.backbone.sample(
                     _to_device(latents[rows], self.args.device),
@@ -864,7 +868,7 @@ def _check_arguments(model: Any, args: DGPOConfig, peft_config: Any, quantizatio
             f"{args.n_gpu} GPUs are visible to one process. Start one process a GPU (`accelerate launch`), or show it "
             "one (`CUDA_VISIBLE_DEVICES=0`)."
         )
-    check_engine(args, allow_unverified=args.allow_unverified_engine)
+    check_engine(args)
     if args.auto_find_batch_size:
         raise ValueError(
             "`auto_find_batch_size` cannot divide groups; set `per_device_train_batch_size` and `sample_batch_size`."

@@ -35,7 +35,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
 
         offload_text_encoders (`bool`, *optional*, defaults to `True`):
             Keep the text encoders on the CPU and move them to the device only while they encode prompts that were not
-            encoded before.
+            encoded before. They stay there after training: `pipeline.to(device)` before you call the pipeline.
         precompute_prompt_embeds (`bool`, *optional*, defaults to `False`):
             Encode every prompt of the data sets before training, and keep the embeddings on disk in the cache of
             `datasets`, where a later run finds them. 1.7 MB a prompt for SD3.5 in bfloat16.
