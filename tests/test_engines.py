@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 from diffusers import SD3Transformer2DModel
 from tiny_trainers import prompt_dataset, relative_error, same, scramble, tiny_config, tiny_trainer
 from torch.distributed.tensor import DTensor
+from transformers.trainer_utils import HubStrategy
 
 from trl_dgpo import engines
 from trl_dgpo.engines import ENGINES, check_engine, check_installed
@@ -46,6 +47,7 @@ def arguments(**changes):
         "deepspeed_plugin": None,
         "parallelism_config": None,
         "allow_unverified_engine": False,
+        "push_to_hub": False,
     }
     return SimpleNamespace(**defaults | changes)
 
@@ -115,6 +117,7 @@ def test_what_was_not_run_is_refused_until_it_is_asked_for(changes, environment,
             "ZeRO-1 and 2 was asked for on a CPU",
         ),
         ({"num_log_images": 8}, FSDP, "`num_log_images` is 8.*Set `num_log_images=0`"),
+        ({"push_to_hub": True, "hub_strategy": HubStrategy.EVERY_SAVE}, FSDP, "Set `hub_strategy='end'`"),
         ({}, FSDP | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "type is SHARDED_STATE_DICT.*Set it to FULL"),
         (FSDP_ARGS, {}, "a process that no launcher started"),
         ({"deepspeed_plugin": zero(2), "deepspeed": "ds.json"}, LAUNCHED, "`deepspeed` is 'ds.json'.*auto"),

@@ -60,7 +60,7 @@ def test_each_sample_has_its_own_level(noised):
     x0, noise, _ = latents(3, 4, 2, 3)  # no axis of another's size, so that a wrong broadcast fails
     together = noised(x0, noise, f64(0.1, 0.5, 0.9))
     alone = [noised(x0[i : i + 1], noise[i : i + 1], level) for i, level in enumerate((0.1, 0.5, 0.9))]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize(("sigma", "x0_ratio"), [(0.25, 0.0625), (0.666, 0.443556), (0.999, 0.998001)])

@@ -12,6 +12,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.trainer_utils import HubStrategy
+
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +162,11 @@ def _check_fsdp(args: Any) -> None:
         raise ValueError(
             f"`num_log_images` is {args.num_log_images}: the first process draws them alone, and under FSDP2 would "
             "wait for the others' parts of the model for ever. Set `num_log_images=0`."
+        )
+    if args.push_to_hub and args.hub_strategy != HubStrategy.END:
+        raise ValueError(
+            f"`hub_strategy` is {args.hub_strategy}: the first process uploads with each checkpoint, alone, and under "
+            "FSDP2 would wait for the others' parts of the model for ever. Set `hub_strategy='end'`."
         )
     given = args.fsdp_plugin_args["state_dict_type"] if args.fsdp else os.environ.get("FSDP_STATE_DICT_TYPE")
     if given != "FULL_STATE_DICT":

@@ -51,7 +51,7 @@ def ddpm_noise(x0: Tensor, noise: Tensor, alpha_bar: Tensor | float) -> Tensor:
         `torch.Tensor` of shape `(B, ...)`.
     """
     alpha_bar = _per_sample(alpha_bar, x0)
-    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+    return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise
 
 
 def ddpm_target(x0: Tensor, noise: Tensor, alpha_bar: Tensor | float, *, prediction_type: str = "epsilon") -> Tensor:
@@ -78,7 +78,7 @@ def ddpm_target(x0: Tensor, noise: Tensor, alpha_bar: Tensor | float, *, predict
         return noise
     if prediction_type == "v_prediction":
         alpha_bar = _per_sample(alpha_bar, x0)
-        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+        return alpha_bar**0.5 * noise - (1 - alpha_bar) ** 0.5 * x0
     raise ValueError(f"`prediction_type` is {prediction_type!r}; it must be 'epsilon' or 'v_prediction'.")
 
 
@@ -181,6 +181,8 @@ def flow_sde_step(
     return mean + std * noise, mean, std
 
 
-def _per_sample(value: Tensor | float, like: Tensor) -> Tensor:
-    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+def _per_sample(value: Tensor | float, like: Tensor) -> Tensor | float:
+    if not isinstance(value, Tensor):
+        return value  # as a tensor it would be copied to the device, which the host waits for
+    value = value.to(like.device, like.dtype)
     return value.view(-1, *[1] * (like.ndim - 1)) if value.ndim == 1 else value

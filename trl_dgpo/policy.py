@@ -327,8 +327,9 @@ class Policy:
                 if self.is_sharded:
                     state = {name: _whole(tensor, write) for name, tensor in self.transformer.state_dict().items()}
                     if write:
-                        whole = self._class.from_config(self.transformer.config)
-                        whole.load_state_dict(state)
+                        with torch.device("meta"):  # else it would draw weights first
+                            whole = self._class.from_config(self.transformer.config)
+                        whole.load_state_dict(state, assign=True)
                         whole.save_pretrained(directory)
                 elif write:
                     self.transformer.save_pretrained(directory)

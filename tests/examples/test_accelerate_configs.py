@@ -56,6 +56,7 @@ def arguments(left, **changes):
         "deepspeed_plugin": plugin,
         "parallelism_config": None,
         "allow_unverified_engine": False,
+        "push_to_hub": False,
     }
     return SimpleNamespace(**defaults | changes)
 

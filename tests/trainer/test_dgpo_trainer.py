@@ -161,14 +161,13 @@ def fixed_gate(trainer):
 
 
 def noise_of_micro_batch(trainer):
-    honest = trainer._noisy_batches
+    honest = trainer._predict
 
-    def fault(round, iteration, update):
-        for batch in honest(round, iteration, update):
-            groups = torch.arange(len(batch.noise))  # numbered within the micro-batch
-            yield dataclasses.replace(batch, noise=trainer._group_noise(groups, (round, iteration, batch.level)))
+    def fault(part, rows, level, **how):
+        first = int(part.group_index[rows][0])  # numbered within what is predicted at once
+        return honest(dataclasses.replace(part, noise=[t.roll(first, 0) for t in part.noise]), rows, level, **how)
 
-    trainer._noisy_batches = lambda *step: list(fault(*step))
+    trainer._predict = fault
 
 
 @pytest.mark.parametrize("fault", [fixed_gate, noise_of_micro_batch])
@@ -269,9 +268,11 @@ def test_forwards_of_a_round(tmp_path, trainer_class, config, no_grad_passes):
     assert forwards[: len(rollout)] == rollout
     learning = [rows for rows, with_graph in forwards if with_graph]
     fixed = [rows for rows, with_graph in forwards[len(rollout) :] if not with_graph]
-    # Rewards 0, 1, 2, 3 of a group: no advantage is 0, so every row counts, 16 a level, 8 at a time.
+    # Rewards 0, 1, 2, 3 of a group: no advantage is 0, so every row counts, 16 a level: 8 at a time with a graph, and
+    # without one as many as a rollout's forward has, of one optimiser step.
+    updates = config.get("updates_per_round", 1)
     assert learning == [8] * 2 * LEVELS * passes
-    assert fixed == [8] * 2 * LEVELS * passes * no_grad_passes
+    assert fixed == [16 // updates] * updates * LEVELS * passes * no_grad_passes
 
 
 def test_forwards_without_guidance_and_with_a_guided_reference(tmp_path):
@@ -347,11 +348,11 @@ def test_noise_is_shared_by_a_group_and_by_nothing_else(tmp_path):
     draws = torch.stack(draws).view(4, 2, 8, -1)
     assert torch.equal(draws[:, 0], draws[:, 1])
     assert len(draws[:, 0].flatten(0, 1).unique(dim=0)) == 32
-    # Four passes of two micro-batches of two levels: the same for both, none twice, all of the noisy prefix.
+    # Four passes of two levels of two micro-batches: the same for both, none twice, all of the noisy prefix.
     levels = torch.tensor(sigmas, dtype=torch.float64).view(4, 2, 2, 2)[:, 0]
-    assert torch.equal(levels[:, 0], levels[:, 1])
-    assert (levels[:, 0, 0] != levels[:, 0, 1]).all()
-    assert len(levels[:, 0].unique(dim=0)) > 1
+    assert torch.equal(levels[..., 0], levels[..., 1])
+    assert (levels[:, 0, 0] != levels[:, 1, 0]).all()
+    assert len(levels[..., 0].unique(dim=0)) > 1
     assert set(levels.flatten().tolist()) <= set(trainer._levels.tolist())
     assert trainer._levels.tolist() == trainer.backbone.sigmas(4)[: len(trainer._levels)].tolist()
 
@@ -436,11 +437,11 @@ def test_lora_dropout_is_off_but_where_the_policy_learns(tmp_path):
         )
         scramble(trainer)
         scramble(trainer, "old", seed=1)
-        steps, with_fixed = [], trainer._with_fixed
-        trainer._with_fixed = lambda batches, steps=steps, honest=with_fixed: steps.extend(honest(batches)) or steps
+        fixed, fix = [], trainer._fix
+        trainer._fix = lambda part, fixed=fixed, honest=fix: fixed.append(honest(part)) or fixed[-1]
         trainer.train()
-        fixed = {f"{i}": step.old_errors for i, step in enumerate(steps)}
-        seen[dropout] = {"x0": trainer.buffer.record.x0, **fixed}, trainer.state.log_history[0]["loss"]
+        old_errors = fixed[0].old_errors
+        seen[dropout] = {"x0": trainer.buffer.record.x0, "old": old_errors}, trainer.state.log_history[0]["loss"]
     assert same(seen[0.0][0], seen[0.9][0])
     assert seen[0.0][1] != seen[0.9][1]
 

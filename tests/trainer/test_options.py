@@ -1,10 +1,21 @@
 """Options that save memory or time: what is learned stays the same, to the bit where nothing is rounded otherwise."""
 
+import copy
+
 import datasets
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_trainers import relative_error, rewards_by_position, same, scramble, tiny_trainer, weights
+from tiny_trainers import (
+    Interrupt,
+    prompt_dataset,
+    relative_error,
+    rewards_by_position,
+    same,
+    scramble,
+    tiny_trainer,
+    weights,
+)
 
 from trl_dgpo import GPOTrainer
 
@@ -66,6 +77,52 @@ def test_the_adapter_is_merged_where_that_loses_nothing(tmp_path, config, merges
 def test_what_cannot_be_merged_is_told_before_anything_is_sampled(tmp_path):
     with pytest.raises(ValueError, match=r"The adapter cannot be merged: .*Use the view without `merged`"):
         tiny_trainer(tmp_path, merge_adapter=True, peft_config=LoraConfig(r=2, use_dora=True))
+
+
+def test_half_precision_never_merges_what_is_compared(tmp_path):
+    # The old policy is the policy here: with its adapter merged its errors would differ by rounding, and be clipped.
+    trainer = tiny_trainer(
+        tmp_path, bf16=True, merge_adapter=True, reward_funcs=REWARDS, clip_range=1e-5, sample_batch_size=16
+    )
+    for view in (None, "old"):
+        scramble(trainer, view)
+    trainer.train()
+    assert trainer.state.log_history[0]["clip_ratio"] == 0
+
+
+def test_modules_switch_modes_by_themselves_again_after_training(tmp_path):
+    trainer = tiny_trainer(tmp_path, peft_config=LoraConfig(r=2, lora_dropout=0.5))
+    trainer.train()
+    transformer = trainer.backbone.transformer
+    copied = copy.deepcopy(trainer.policy.model)
+    copied.eval()
+    assert not any(module.training for module in copied.modules())
+    assert all(module.training for module in trainer.policy.model.modules())
+    transformer.add_module("newcomer", torch.nn.Dropout())
+    assert not any(module.training for module in transformer.eval().modules())
+
+
+def test_an_interrupted_training_leaves_no_switch_behind(tmp_path):
+    trainer = tiny_trainer(tmp_path, callbacks=[Interrupt(1)], num_train_timesteps=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert "train" not in vars(trainer.policy.model)
+    assert "train" not in vars(trainer.backbone.transformer)
+
+
+def test_resuming_under_deepspeed_is_refused(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="under DeepSpeed would bring back the weights and not their averages"):
+        trainer.train(resume_from_checkpoint=str(tmp_path))
+
+
+def test_evaluation_under_fsdp2_wants_equal_shares(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, eval_dataset=prompt_dataset("x", "y", "z"))
+    monkeypatch.setattr(type(trainer.policy), "is_sharded", True)
+    monkeypatch.setattr("trl_dgpo.trainer.base_trainer.gather_object", lambda mine: [*mine, 2])
+    with pytest.raises(ValueError, match="`eval` has no equal shares for 1 processes"):
+        trainer.evaluate()
 
 
 def test_compiled_are_the_blocks_and_nothing_around_them(tmp_path):

@@ -453,23 +453,29 @@ def fixed_gate(trainer):
 
 def changed_batches(change: Callable) -> Callable:
     def fault(trainer):
-        honest = trainer._noisy_batches
-        trainer._noisy_batches = lambda *args: [change(number, batch) for number, batch in enumerate(honest(*args))]
+        honest = trainer._micro_batches
+        trainer._micro_batches = lambda part: [change(batch) for batch in honest(part)]
 
     return fault
 
 
-def noise_of_micro_batch(number, batch):
-    stream = torch.Generator().manual_seed(number)
-    return replace(batch, noise=torch.randn(batch.noise.shape, generator=stream))
+def noise_of_micro_batch(trainer):
+    honest = trainer._predict
+
+    def fault(part, rows, level, **how):
+        stream = torch.Generator().manual_seed(int(torch.arange(len(part.group_index))[rows][0]))
+        noise = [torch.randn(table.shape, generator=stream) for table in part.noise]
+        return honest(replace(part, noise=noise), rows, level, **how)
+
+    trainer._predict = fault
 
 
-def size_of_part(number, batch):
+def size_of_part(batch):
     sizes = torch.bincount(batch.group_index, minlength=batch.sizes["num_groups"])
     return replace(batch, sizes={**batch.sizes, "group_sizes": sizes})
 
 
-def share_of_own_groups(number, batch):
+def share_of_own_groups(batch):
     """The mean over the groups of the micro-batch, as if no other had any of them."""
     return replace(batch, share=1.0)
 
@@ -479,7 +485,7 @@ def share_of_own_groups(number, batch):
     [
         pytest.param(own_gate, id="own-gate"),
         pytest.param(fixed_gate, id="fixed-gate"),
-        pytest.param(changed_batches(noise_of_micro_batch), id="noise-of-micro-batch"),
+        pytest.param(noise_of_micro_batch, id="noise-of-micro-batch"),
         pytest.param(changed_batches(size_of_part), id="size-of-part"),
         pytest.param(changed_batches(share_of_own_groups), id="share-of-own-groups"),
     ],

@@ -196,7 +196,8 @@ class SD3Backbone:
 
     def embeds_key(self) -> str:
         """
-        What decides the bits of `encode`: two backbones of one key, once they are placed, give the same rows.
+        What decides the rows of `encode`: two backbones of one key, once they are placed, give the same but for what
+        another GPU, or another setting of its kernels, rounds otherwise.
 
         It is a hash over the text encoders' configurations and weights, the tokenizers, `max_sequence_length`, the
         kind of device and the versions of torch, transformers and diffusers. Of the weights every byte is read, but
@@ -373,7 +374,10 @@ class SD3Backbone:
             `ValueError`: if the conditioning's rows do not match.
         """
         # float64 until it is multiplied: 0.874 * 1000 is not 874 in float32
-        timestep = (1000 * torch.as_tensor(sigma, dtype=torch.float64)).float().to(self.device).expand(len(x_t))
+        if isinstance(sigma, Tensor):
+            timestep = (1000 * sigma.double()).float().to(self.device).expand(len(x_t))
+        else:  # filled in on the device: a copy would make the host wait
+            timestep = torch.full((len(x_t),), 1000 * sigma, dtype=torch.float32, device=self.device)
         x_t = x_t.to(self.device, conditioning["encoder_hidden_states"].dtype)
         conditioning = self._guided(conditioning, len(x_t), guidance_scale)
         return self._velocity(model or self.transformer, x_t, timestep, conditioning, guidance_scale)
@@ -434,9 +438,11 @@ class SD3Backbone:
                 self._encoded.move_to_end(prompt)
                 rows[prompt] = self._encoded[prompt]
             elif self.prompt_embeds is not None and prompt in self.prompt_embeds:
-                rows[prompt] = self.prompt_embeds[prompt]
+                rows[prompt] = self._encoded[prompt] = self.prompt_embeds[prompt]
         if missing := [prompt for prompt in prompts if prompt not in rows]:
             rows |= self._encode(missing)
+        while len(self._encoded) > ENCODE_CACHE_SIZE:
+            self._encoded.popitem(last=False)
         return [rows[prompt] for prompt in prompts]
 
     def _encode(self, prompts: list[str]) -> dict[str, dict[str, Tensor]]:
@@ -457,8 +463,6 @@ class SD3Backbone:
                 )
                 rows[prompt] = dict(zip(CONDITIONING, (hidden_states[0].cpu(), pooled[0].cpu()), strict=True))
         self._encoded |= rows
-        while len(self._encoded) > ENCODE_CACHE_SIZE:
-            self._encoded.popitem(last=False)
         return rows
 
     @contextmanager

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -146,8 +146,6 @@ class DiffusionTrainer(_BaseTrainer):
             self.policy.using(merged=True)  # which says why, where it cannot be
         if args.torch_compile:
             self.backbone.compile_blocks(args.torch_compile_backend, args.torch_compile_mode)
-        for model in (self.policy.model, self.backbone.transformer):
-            _switch_modes_quickly(model)
         # Trainer asks the model for this; diffusers has it under another name.
         self.policy.model.activation_checkpointing_enable = lambda **_: self.backbone.enable_gradient_checkpointing()
 
@@ -183,8 +181,11 @@ class DiffusionTrainer(_BaseTrainer):
     @property
     def merges_adapter(self) -> bool:
         """Whether rollouts run with the LoRA merged into the weights."""
-        if self.args.merge_adapter is not None:
-            return self.args.merge_adapter
+        return self.merges_exactly if self.args.merge_adapter is None else self.args.merge_adapter
+
+    @property
+    def merges_exactly(self) -> bool:
+        """Whether merging rounds no more than a forward does; elsewhere errors would move by it, not by learning."""
         return self.policy.merges_exactly and not (self.args.bf16 or self.args.fp16)
 
     def _views(self, args: DGPOConfig) -> tuple[str, ...]:
@@ -276,7 +277,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _precompute_prompt_embeds(self) -> None:
         datasets = [self.train_dataset, *_named(self.eval_dataset).values()]
-        prompts = [row["prompt"] for dataset in datasets for row in iter_rows(dataset)]
+        prompts = [prompt for dataset in datasets for prompt in _prompts(dataset)]
         with self.args.main_process_first(desc="encoding prompts"):  # the others find them on disk
             self.backbone.prompt_embeds = precompute(
                 [*prompts, self.args.negative_prompt], self.backbone.encode, key=self.backbone.embeds_key()
@@ -312,7 +313,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _sample(
         self,
-        latents: Tensor,
+        draw: Callable[[slice], Tensor],
         prompts: list[str],
         *,
         batch_size: int,
@@ -321,19 +322,20 @@ class DiffusionTrainer(_BaseTrainer):
         step_noise: Callable[[slice, int], Tensor] | None = None,
     ) -> Iterator[tuple[slice, Tensor, OnTheWay]]:
         """
-        A sub-batch at a time: its rows, clean latents on the device and uint8 images on their way to the CPU.
+        A sub-batch at a time, from the latents that `draw` gives for its rows: those rows, clean latents on the device
+        and uint8 images on their way to the CPU.
 
         The view to sample from is entered around the loop over this, not here: a generator that is left by an
         exception keeps what it has entered.
         """
         ahead = batch_size * max(1, PROMPTS_AHEAD // batch_size)
-        for start in range(0, len(latents), batch_size):
+        for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
             if start % ahead == 0:
                 self.backbone.remember(prompts[start : start + ahead])
             with torch.no_grad(), self.accelerator.autocast():
                 clean = self.backbone.sample(
-                    _to_device(latents[rows], self.args.device),
+                    to_device(draw(rows), self.args.device),
                     self.backbone.encode(prompts[rows]),
                     num_steps=num_steps,
                     guidance_scale=guidance_scale,
@@ -379,9 +381,9 @@ class DiffusionTrainer(_BaseTrainer):
             view = "ema" if "ema" in kept else None
         if view is not None and view not in kept:
             raise ValueError(f"`view` is {view!r}; this run has {kept}, and `None` for the policy itself.")
-        with nullcontext() if view is None else getattr(self.policy, view)():
+        with self.policy.using(view):
             sampled = self._sample(
-                evaluation_latents(prompts, num_images, self._latent_shape),
+                evaluation_latents(prompts, num_images, self._latent_shape).__getitem__,
                 [prompt for prompt in prompts for _ in range(num_images)],
                 batch_size=args.per_device_eval_batch_size,
                 num_steps=args.eval_num_steps,
@@ -419,6 +421,11 @@ class DiffusionTrainer(_BaseTrainer):
     def _evaluate_one(self, dataset: Any, prefix: str) -> dict[str, float]:
         args, start = self.args, time.perf_counter()
         rows = list(islice(iter_rows(dataset), args.process_index, None, args.world_size))
+        if self.policy.is_sharded and len(set(gather_object([len(rows)]))) > 1:
+            raise ValueError(
+                f"`{prefix}` has no equal shares for {args.world_size} processes, and under FSDP2 each takes part in "
+                "every forward. Add or leave out rows."
+            )
         mine = []
         if rows:
             images = self.generate([row["prompt"] for row in rows], num_images=args.eval_num_images)
@@ -483,11 +490,17 @@ class DiffusionTrainer(_BaseTrainer):
         self.accelerator.wait_for_everyone()
         self._look_for_shared_folder()
         args = self.args
+        if resume_from_checkpoint and self.is_deepspeed_enabled:
+            raise ValueError(
+                "`resume_from_checkpoint` under DeepSpeed would bring back the weights and not their averages, nor "
+                "the round. Start anew from what was saved, or resume with DDP or FSDP2."
+            )
         if resume_from_checkpoint:
             self.args = copy.copy(args)
             self.args.eval_on_start = False  # that start was an earlier call's
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with _switching_modes_quickly(self.policy.model), _switching_modes_quickly(self.backbone.transformer):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.args = args
 
@@ -507,7 +520,7 @@ class DiffusionTrainer(_BaseTrainer):
             )
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark.unlink()
+            mark.unlink(missing_ok=True)  # another run may have begun in this folder
 
     def _forget(self) -> None:
         self._metrics.clear()
@@ -715,7 +728,7 @@ class OnTheWay:
         host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
         host.copy_(images, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(images.device))
         return cls(host, arrived)
 
     def wait(self) -> Tensor:
@@ -782,9 +795,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _switch_modes_quickly(model: nn.Module) -> None:
+@contextmanager
+def _switching_modes_quickly(model: nn.Module) -> Iterator[None]:
     # Trainer puts the model into training mode in every micro-step, a walk over thousands of modules that mostly finds
     # them there already.
+    if "train" in vars(model):  # the transformer, trained as a whole, is the model
+        yield
+        return
     model.train(model.training)  # all of them: an adapter's modules come in training mode
     modules = list(model.modules())
 
@@ -795,6 +812,10 @@ def _switch_modes_quickly(model: nn.Module) -> None:
         return model
 
     model.train = train
+    try:
+        yield
+    finally:
+        del model.train
 
 
 def dataset_columns(name: str, dataset: Any) -> set[str]:
@@ -839,6 +860,11 @@ def iter_rows(dataset: Any) -> Iterator[dict]:
     return iter(dataset) if is_stream(dataset) else (dataset[i] for i in range(len(dataset)))
 
 
+def _prompts(dataset: Any) -> Iterable[str]:
+    # By column, where there are columns: of a row every picture would be decoded.
+    return dataset["prompt"] if hasattr(dataset, "column_names") else (row["prompt"] for row in iter_rows(dataset))
+
+
 def _first_rows(dataset: Any, count: int) -> list[dict]:
     # A prompt function is not drawn from but for a round: its first prompt belongs to the first.
     return [] if isinstance(dataset, PromptStream) else list(islice(iter_rows(dataset), count))
@@ -851,8 +877,8 @@ def is_stream(dataset: Any) -> bool:
     return isinstance(dataset, Iterable) and not hasattr(dataset, "__len__") and not is_iterator
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    # From pageable memory a copy would wait for all that the device has to do.
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy for which the host does not wait until the device has done its work, as from pageable memory it would."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -38,7 +38,8 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             encoded before. They stay there after training: `pipeline.to(device)` before you call the pipeline.
         precompute_prompt_embeds (`bool`, *optional*, defaults to `False`):
             Encode every prompt of the data sets before training, and keep the embeddings on disk in the cache of
-            `datasets`, where a later run finds them. 1.7 MB a prompt for SD3.5 in bfloat16.
+            `datasets`, where a later run finds them. 1.7 MB a prompt for SD3.5 in bfloat16. With several processes one
+            encodes and the others wait: `ddp_timeout` must be longer than that takes.
         decode_batch_size (`int`, *optional*):
             Images decoded at a time: as many as make two megapixels if not set.
         vae_tiling (`bool`, *optional*, defaults to `False`):
@@ -56,9 +57,10 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         sample_batch_size (`int`, *optional*):
             Images sampled at a time on one device. `num_generations` if not set.
         merge_adapter (`bool`, *optional*):
-            Merge the LoRA into the weights while rollouts are sampled and the old policy predicts, which saves its
-            layers' time; the weights themselves stay as they are. If not set: where the forward computes in float32,
-            so that nothing is lost. In half precision a merged weight rounds the LoRA's small part off.
+            Merge the LoRA into the weights while rollouts are sampled, which saves its layers' time; the weights
+            themselves stay as they are. If not set: where the forward computes in float32, so that nothing is lost,
+            and there for the old policy's predictions too. In half precision a merged weight rounds the LoRA's small
+            part off.
         sampler (`str`, *optional*, defaults to `"dpm"`):
             `"dpm"` (second-order DPM-Solver++), `"euler"` on the same levels, or `"sde"` (Flow-GRPO's stochastic
             steps, an ablation).

@@ -38,11 +38,26 @@ from ..rewards.scoring import FailureWindow, RewardFunc, RewardScorer, Scores
 from ..rollout import GroupRolloutBuffer, Rollout, ScoredImages
 from ..sampler import GroupSampler, StreamSampler, local_rollouts
 from ..seeding import generator
-from .base_trainer import REWARD_CONTEXT, DiffusionTrainer, OnTheWay, dataset_columns, evaluating, is_stream
+from .base_trainer import (
+    REWARD_CONTEXT,
+    DiffusionTrainer,
+    OnTheWay,
+    dataset_columns,
+    evaluating,
+    is_stream,
+    to_device,
+)
 from .dgpo_config import DGPOConfig
 
 
 logger = logging.getLogger(__name__)
+
+# Names in the log that a reward cannot give to numbers of its own.
+_OWN_METRICS = {
+    *("loss", "learning_rate", "grad_norm", "epoch", "step", "objective", "gate_mean", "clip_ratio", "kl"),
+    *("reward", "reward_std", "frac_reward_zero_std", "rewards_failed", "advantage_clip_ratio"),
+}
+_OWN_PREFIXES = ("rewards/", "time/", "eval_", "train_")
 
 
 class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
@@ -173,7 +188,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
                 train_dataset, args.prompts_per_round, seed=args.seed, shuffle=args.shuffle_dataset
             )
         self.buffer = GroupRolloutBuffer()
-        self._work: deque[_MicroStep] = deque()
+        self._work: deque[tuple[_Part, _Fixed, _MicroBatch, int]] = deque()
         self._failures = FailureWindow()
         super().__init__(
             model=call.model,
@@ -224,26 +239,33 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     ) -> Tensor:
         if not self._work:
             self._begin_update()
-        step = self._work.popleft()
-        batch, args = step.batch, self.args
-        prediction, target = self._predict(batch, model=model)
+        part, fixed, batch, level = self._work.popleft()
+        args, rows = self.args, batch.rows
+        prediction, target = self._predict(part, rows, level, model=model)
         errors = denoising_error(prediction, target)
         if args.clip_range is not None:
-            errors, clipped = clip_errors(errors, step.old_errors, batch.advantages, args.clip_range)
+            errors, clipped = clip_errors(errors, fixed.old_errors[level, rows], batch.advantages, args.clip_range)
             self._metrics["clip_ratio"].append(clipped.float() if batch.weighs else clipped[:0].float())
         group = self._group_loss(
-            errors, step.reference_errors, batch.advantages, batch.group_index, scores=step.scores, **batch.sizes
+            errors,
+            None if fixed.reference_errors is None else fixed.reference_errors[level, rows],
+            batch.advantages,
+            batch.group_index,
+            scores=None if fixed.scores is None else fixed.scores[level, batch.groups],
+            **batch.sizes,
         )
         loss = batch.share * group.loss
-        if step.scores is None:
+        if fixed.scores is None:
             self._metrics["objective"].append(batch.share * group.objective)
             self._metrics["gate_mean"].append(group.gate[batch.learns])
         elif args.loss_type == "logsigmoid":
-            loss = loss - loss.detach() + step.objective  # the value in the log, whatever the micro-batches
+            loss = loss - loss.detach() + fixed.objectives[level]  # the value in the log, whatever the micro-batches
         if args.kl_coef:
-            base_prediction = step.base_prediction.to(prediction.device)
-            divergence = denoising_error(prediction, base_prediction) * batch.weighs
-            kl = batch.share * group_mean(divergence, batch.group_index, **batch.sizes)
+            kl = prediction.new_zeros((), dtype=torch.float32)
+            if batch.weighs:
+                base_prediction = fixed.base_predictions[level][_like(rows, fixed.base_predictions[level])]
+                divergence = denoising_error(prediction, base_prediction.to(prediction.device, non_blocking=True))
+                kl = batch.share * group_mean(divergence, batch.group_index, **batch.sizes)
             # "logsigmoid" has a factor beta in its gradient; the KL term gets it too, to weigh the same.
             loss = loss + args.kl_coef * (args.beta if args.loss_type == "logsigmoid" else 1.0) * kl
             self._metrics["kl"].append(kl.detach())
@@ -283,7 +305,10 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
                 self.policy.refresh_reference()
             self._roll_out(round)
         self._stopwatch.start("reference")
-        self._work.extend(self._with_fixed(self._noisy_batches(round, iteration, update)))
+        part = self._part(round, iteration, update)
+        fixed = self._fix(part)
+        batches = self._micro_batches(part)
+        self._work.extend((part, fixed, batch, level) for level in range(len(part.sigmas)) for batch in batches)
         self._stopwatch.start("update")
 
     def _draw_levels(self, round: int, iteration: int) -> list[float]:
@@ -297,50 +322,62 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             drawn = continuous_levels(uniform, args.t_min, self.backbone.shift_factor)
         return drawn.tolist()
 
-    def _noisy_batches(self, round: int, iteration: int, update: int) -> list[_NoisyBatch]:
-        """This process's micro-batches of an optimiser step, each at every level of the pass."""
-        args = self.args
-        part = self.buffer.record.part(update, args.updates_per_round)
-        part = dataclasses.replace(part, conditioning=self._conditioning(part, (round, iteration)))
+    def _part(self, round: int, iteration: int, update: int) -> _Part:
+        """This process's part of an optimiser step."""
+        args, device = self.args, self.args.device
+        rollout = self.buffer.record.part(update, args.updates_per_round)
         sigmas = self._draw_levels(round, iteration)
-        # Drawn once for all micro-batches, which see their groups' rows of it.
-        noise = [self._group_noise(part.groups, (round, iteration, level)) for level in range(len(sigmas))]
-        batches, first = [], 0
-        for number in range(args.micro_batches_per_update):
-            micro_batch = part.part(number, args.micro_batches_per_update)
-            first = int(torch.searchsorted(part.groups, micro_batch.groups[0]))
-            of_groups = slice(first, first + micro_batch.num_groups)
-            shared = self._shared_fields(micro_batch, update * args.groups_per_update)
-            batches += [
-                _NoisyBatch(**shared, level=level, sigma=sigma, noise=noise[level][of_groups])
-                for level, sigma in enumerate(sigmas)
-            ]
+        return _Part(
+            rollout=dataclasses.replace(rollout, conditioning=self._conditioning(rollout, (round, iteration))),
+            first_group=int(rollout.groups[0]) - update * args.groups_per_update,
+            # Without a KL term a sample of advantage 0 (masked, or of a group without preference) changes nothing.
+            learned_from=rollout.valid if args.kl_coef else rollout.advantages != 0,
+            sigmas=sigmas,
+            noise=[self._group_noise(rollout.groups, (round, iteration, level)) for level in range(len(sigmas))],
+            advantages=rollout.advantages.to(device),
+            group_index=rollout.local_index.to(device),
+            group_sizes=rollout.group_sizes.to(device),
+        )
+
+    def _micro_batches(self, part: _Part) -> list[_MicroBatch]:
+        args, rollout, batches = self.args, part.rollout, []
+        for block, (rows, weighs) in self._blocks(part, args.per_device_train_batch_size):
+            index = rollout.local_index[block]
+            groups = slice(int(index[0]), int(index[-1]) + 1)
+            count = groups.stop - groups.start
+            preference = torch.zeros(count).index_add(0, index - groups.start, rollout.advantages[block].abs())
+            batches.append(
+                _MicroBatch(
+                    rows=rows,
+                    weighs=weighs,
+                    groups=groups,
+                    learns=preference.nonzero()[:, 0].to(args.device),
+                    advantages=part.advantages[rows],
+                    group_index=part.group_index[rows] - groups.start,
+                    sizes={"group_sizes": part.group_sizes[groups], "num_groups": count},
+                    # Trainer takes the mean over micro-steps, DDP over processes, the loss over its call's groups.
+                    share=count * args.world_size * args.micro_batches_per_update / args.groups_per_update,
+                )
+            )
         return batches
 
-    def _shared_fields(self, rollout: Rollout, first_group: int) -> dict[str, Any]:
-        """What a micro-batch is at every level."""
-        args, device = self.args, self.args.device
-        # Without a KL term a sample of advantage 0 (masked, or of a group without preference) changes nothing. One row
-        # always stays, weighing nothing, so that every process takes part in every backward.
-        rows = (rollout.valid if args.kl_coef else rollout.advantages != 0).nonzero()[:, 0]
-        if not (weighs := len(rows) > 0):
-            rows = torch.zeros(1, dtype=torch.long)
-        index = rollout.local_index[rows]
-        weight = torch.zeros(rollout.num_groups).index_add(0, rollout.local_index, rollout.advantages.abs())
-        first = int(rollout.groups[0]) - first_group
-        return {
-            "x0": rollout.x0,
-            "rows": None if len(rows) == len(rollout.x0) else rows.to(device),
-            "conditioning": rollout.conditioning,
-            "advantages": rollout.advantages[rows].to(device),
-            "group_index": index.to(device),
-            "weighs": weighs,
-            "learns": weight.nonzero()[:, 0].to(device),
-            "sizes": {"group_sizes": rollout.group_sizes.to(device), "num_groups": rollout.num_groups},
-            "of_groups": slice(first, first + rollout.num_groups),
-            # Trainer takes the mean over micro-steps, DDP over processes, the loss over the groups of its call.
-            "share": rollout.num_groups * args.world_size * args.micro_batches_per_update / args.groups_per_update,
-        }
+    def _blocks(self, part: _Part, size: int) -> list[tuple[slice, tuple[slice | Tensor, bool]]]:
+        """
+        Consecutive blocks of images, and of each the rows that are learned from, and whether there are any.
+
+        One row always stays, weighing nothing, so that every process takes part in every forward and backward.
+        """
+        blocks, count = [], len(part.learned_from)
+        for start in range(0, count, size):
+            block = slice(start, min(start + size, count))
+            rows = part.learned_from[block].nonzero()[:, 0] + start
+            if len(rows) == block.stop - start:
+                blocks.append((block, (block, True)))  # a view where nothing is left out
+            elif len(rows):
+                blocks.append((block, (rows.to(self.args.device), True)))
+            else:
+                blocks.append((block, (slice(start, start + 1), False)))
+        return blocks
 
     def _conditioning(self, rollout: Rollout, key: tuple[int, int]) -> dict[str, Tensor]:
         if not self.args.prompt_dropout:
@@ -355,84 +392,97 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             for name, rows in rollout.conditioning.items()
         }
 
-    def _with_fixed(self, batches: list[_NoisyBatch]) -> list[_MicroStep]:
+    def _fix(self, part: _Part) -> _Fixed:
         """What does not move during an optimiser step, one pass a view, so that weights are switched once a pass."""
         args, using = self.args, self.policy.using
         reference = args.reference if self._has_gate(args) else None
-        base_errors = old_errors = reference_errors = base_predictions = [None] * len(batches)
-        scores = objectives = base_errors
+        merged = self.merges_exactly and args.merge_adapter is not False
+        base_errors = old_errors = reference_errors = base_predictions = scores = objectives = None
         if args.kl_coef or reference == "frozen":
+            guidance_scale = args.reference_guidance_scale
             base_errors, base_predictions = self._no_grad_pass(
-                using("base"), batches, args.reference_guidance_scale, keep=bool(args.kl_coef)
+                using("base"), part, guidance_scale, keep=bool(args.kl_coef)
             )
         if args.clip_range is not None or reference == "old":
-            old_errors, _ = self._no_grad_pass(using("old", merged=self.merges_adapter), batches)
+            old_errors, _ = self._no_grad_pass(using("old", merged=merged), part)
         if reference == "refreshed":
-            reference_errors, _ = self._no_grad_pass(using("reference"), batches)
+            reference_errors, _ = self._no_grad_pass(using("reference"), part)
         elif reference is not None:
             reference_errors = {"frozen": base_errors, "old": old_errors}[reference]
         if reference is not None and args.is_group_cut:
-            errors, _ = self._no_grad_pass(using(), batches)
-            scores, objectives = self._whole_scores(batches, errors, reference_errors)
-        return [
-            _MicroStep(*fixed)
-            for fixed in zip(batches, reference_errors, old_errors, base_predictions, scores, objectives, strict=True)
-        ]
+            errors, _ = self._no_grad_pass(using(), part)
+            scores, objectives = self._whole_scores(part, errors, reference_errors)
+        return _Fixed(reference_errors, old_errors, base_predictions, scores, objectives)
 
-    def _whole_scores(
-        self, batches: list[_NoisyBatch], errors: list[Tensor], reference_errors: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """For each batch the scores of its groups, over all micro-batches and processes, and its level's objective."""
-        args = self.args
-        scores = torch.zeros(args.num_train_timesteps, args.groups_per_update, device=args.device)
-        weights = torch.zeros(args.groups_per_update, device=args.device)
-        for batch, own, reference in zip(batches, errors, reference_errors, strict=True):
-            scores[batch.level, batch.of_groups] += group_scores(
-                own, reference, batch.advantages, batch.group_index, beta=args.beta, **batch.sizes
+    def _whole_scores(self, part: _Part, errors: Tensor, reference_errors: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of the part's groups over all micro-batches and processes, and each level's objective."""
+        args, num_groups = self.args, part.rollout.num_groups
+        here = slice(part.first_group, part.first_group + num_groups)
+        scores = torch.zeros(len(errors) + 1, args.groups_per_update, device=args.device)
+        for level in range(len(errors)):
+            scores[level, here] = group_scores(
+                errors[level],
+                reference_errors[level],
+                part.advantages,
+                part.group_index,
+                beta=args.beta,
+                group_sizes=part.group_sizes,
+                num_groups=num_groups,
             )
-            weights[batch.of_groups].index_add_(0, batch.group_index, batch.advantages.abs())
-        here = slice(batches[0].of_groups.start, batches[-1].of_groups.stop)
+        scores[-1, here].index_add_(0, part.group_index, part.advantages.abs())  # whether a group has a preference
         if args.is_group_shared:
-            scores, weights = self.accelerator.reduce(torch.cat([scores, weights[None]]), "sum").split(len(scores))
-            here = slice(None)
-        objectives = softplus(scores[:, here]).mean(1)
+            scores, seen = self.accelerator.reduce(scores, "sum"), slice(None)
+        else:
+            seen = here
+        scores, preference = scores[:-1], scores[-1]
+        objectives = softplus(scores[:, seen]).mean(1)
         self._metrics["objective"].append(objectives)
-        gates = scores[:, here].sigmoid()
-        self._metrics["gate_mean"].append(gates.where(weights.reshape(-1)[here] > 0, torch.nan).flatten())
-        return [scores[batch.level, batch.of_groups] for batch in batches], [objectives[b.level] for b in batches]
+        gates = scores[:, seen].sigmoid()
+        self._metrics["gate_mean"].append(gates.where(preference[seen] > 0, torch.nan).flatten())
+        return scores[:, here], objectives
 
     def _no_grad_pass(
-        self,
-        view: AbstractContextManager,
-        batches: list[_NoisyBatch],
-        guidance_scale: float = 1.0,
-        *,
-        keep: bool = False,
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Errors of every batch, and the predictions if they are to be kept."""
-        errors, predictions = [], []
+        self, view: AbstractContextManager, part: _Part, guidance_scale: float = 1.0, *, keep: bool = False
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Errors `(levels, images)`, and the predictions of each level if they are to be kept."""
+        args = self.args
+        # As many rows as a rollout's forward has: nothing is saved for a backward.
+        rows_at_once = args.sample_batch_size * (2 if args.sample_guidance_scale > 1 else 1)
+        size = max(args.per_device_train_batch_size, rows_at_once // (2 if guidance_scale > 1 else 1))
+        errors = torch.zeros(len(part.sigmas), len(part.learned_from), device=args.device)
+        predictions: list[Tensor] = []
         with view, torch.no_grad(), evaluating(self.policy.model):
-            for batch in batches:
-                prediction, target = self._predict(batch, guidance_scale=guidance_scale)
-                errors.append(denoising_error(prediction, target))
-                if keep:
-                    predictions.append(prediction.cpu() if self.args.offload_reference else prediction)
-        return errors, predictions if keep else [None] * len(batches)
+            for level in range(len(part.sigmas)):
+                for _, (rows, _) in self._blocks(part, size):
+                    prediction, target = self._predict(part, rows, level, guidance_scale=guidance_scale)
+                    errors[level, rows] = denoising_error(prediction, target)
+                    if keep:
+                        if len(predictions) == level:
+                            predictions.append(_room_for(part.rollout.x0, prediction, args.offload_reference))
+                        if isinstance(rows, slice):
+                            predictions[level][rows].copy_(prediction, non_blocking=True)
+                        else:
+                            predictions[level][_like(rows, predictions[level])] = prediction.to(predictions[level])
+        return errors, predictions if keep else None
 
     def _predict(
-        self, batch: _NoisyBatch, *, model: nn.Module | None = None, guidance_scale: float = 1.0
+        self,
+        part: _Part,
+        rows: slice | Tensor,
+        level: int,
+        *,
+        model: nn.Module | None = None,
+        guidance_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Prediction and target of a batch, which is noised here and now: kept for all batches it would fill a GPU."""
-        x0 = batch.x0 if batch.rows is None else batch.x0[batch.rows]
-        noise = batch.noise[batch.group_index]
-        x_t = self.backbone.noise(x0, noise, batch.sigma)
-        conditioning = {name: rows[batch.group_index] for name, rows in batch.conditioning.items()}
+        """Prediction and target of some rows, noised here and now: kept for all of them it would fill a GPU."""
+        x0, index, sigma = part.rollout.x0[rows], part.group_index[rows], part.sigmas[level]
+        noise = part.noise[level][index]
+        x_t = self.backbone.noise(x0, noise, sigma)
+        conditioning = {name: of_groups[index] for name, of_groups in part.rollout.conditioning.items()}
         # The prepared model casts by itself; the bare transformer does not.
         with self.accelerator.autocast() if model is None else nullcontext():
-            prediction = self.backbone.predict(
-                x_t, batch.sigma, conditioning, model=model, guidance_scale=guidance_scale
-            )
-        return prediction, self.backbone.target(x0, noise, batch.sigma)
+            prediction = self.backbone.predict(x_t, sigma, conditioning, model=model, guidance_scale=guidance_scale)
+        return prediction, self.backbone.target(x0, noise, sigma)
 
     def _roll_out(self, round: int) -> None:
         """Sample, score and keep one round: this process's rollouts of it."""
@@ -456,6 +506,8 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             recenter_clipped=args.recenter_clipped,
         )
         self._log_rewards(rewards, group_index, advantages, {n: self._gather(v) for n, v in scores.by_name.items()})
+        if taken := [name for name in scores.metrics if name in _OWN_METRICS or name.startswith(_OWN_PREFIXES)]:
+            raise ValueError(f"A reward logs {taken} by `log_metric`, which are the trainer's own names. Rename them.")
         for name, values in scores.metrics.items():
             self._metrics[name] += values
         own = slice(args.process_index * len(rows), (args.process_index + 1) * len(rows))
@@ -487,7 +539,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         use_old = args.old_policy_after is not None and self.state.global_step >= args.old_policy_after
         keys = list(zip(self._group_index.tolist(), self._number_in_group.tolist(), strict=True))
         sampled = self._sample(
-            self._draw(("latents", round), keys),
+            lambda part: self._draw(("latents", round), keys[part]),
             [row["prompt"] for row in rows],
             batch_size=args.sample_batch_size,
             num_steps=args.sample_num_steps,
@@ -495,7 +547,11 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             step_noise=self._step_noise(round, keys) if args.sampler == "sde" else None,
         )
         x0, images = [], []
-        with ThreadPoolExecutor(args.max_workers) as pool:
+        # A thread begins on the first device, whichever this process has.
+        on_device = (
+            {"initializer": torch.cuda.set_device, "initargs": (args.device,)} if args.device.type == "cuda" else {}
+        )
+        with ThreadPoolExecutor(args.max_workers, **on_device) as pool:
             scoring = []
             with self.policy.using("old" if use_old else None, merged=self.merges_adapter):
                 for part, clean, pictures in sampled:
@@ -503,12 +559,13 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
                     images.append(pictures)
                     if args.async_reward_computation:
                         scoring.append(pool.submit(self._score_arriving, pictures, rows[part]))
+                        for failed in (job for job in scoring if job.done() and job.exception()):
+                            failed.result()  # now, not when all is sampled
             self._stopwatch.start("reward")
+            images = torch.cat([pictures.wait() for pictures in images])
             if args.async_reward_computation:
-                scores = Scores.cat([future.result() for future in scoring])
-                images = torch.cat([pictures.wait() for pictures in images])
+                scores = Scores.cat([job.result() for job in scoring])
             else:
-                images = torch.cat([pictures.wait() for pictures in images])
                 scores = self._score(self.scorer, images, rows)
         return torch.cat(x0), images, scores
 
@@ -521,12 +578,12 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
                 callback.on_rollout(self.args, self.state, self.control, scored=scored, trackers=self.trackers)
 
     def _step_noise(self, round: int, keys: list[tuple[int, int]]) -> Callable[[slice, int], Tensor]:
-        return lambda rows, step: self._draw(("step_noise", round), [(*key, step) for key in keys[rows]]).to(
-            self.args.device
+        return lambda rows, step: to_device(
+            self._draw(("step_noise", round), [(*key, step) for key in keys[rows]]), self.args.device
         )
 
     def _group_noise(self, groups: Tensor, key: tuple[int, int, int]) -> Tensor:
-        return self._draw(("noise", *key), [(group,) for group in groups.tolist()]).to(self.args.device)
+        return to_device(self._draw(("noise", *key), [(group,) for group in groups.tolist()]), self.args.device)
 
     def _draw(self, stream: tuple, keys: list[tuple[int, ...]]) -> Tensor:
         """Standard normal latents, one a key: neither micro-batch nor process is ever part of one."""
@@ -593,34 +650,54 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
 
 
 @dataclass(frozen=True)
-class _NoisyBatch:
-    """One micro-batch at one level. Tensors of many elements are views of what all batches share."""
+class _Part:
+    """One process's part of an optimiser step: the images' own tensors are views of the round's."""
 
-    x0: Tensor
-    rows: Tensor | None  # of those that are trained on; all if None
-    level: int
-    sigma: float
-    noise: Tensor  # one draw a group and level
-    conditioning: dict[str, Tensor]  # one row a group, expanded when it is used: a row of SD3 has megabytes
-    advantages: Tensor
+    rollout: Rollout
+    first_group: int  # of its groups, among those of the whole step
+    learned_from: Tensor  # mask of the images that change anything, on the CPU
+    sigmas: list[float]
+    noise: list[Tensor]  # of each level, one draw a group
+    advantages: Tensor  # this and the rest on the device
     group_index: Tensor
-    weighs: bool  # a row that is there for the backward's sake alone does not
-    learns: Tensor  # groups with a preference
-    sizes: dict[str, Any]
-    of_groups: slice  # its groups among those of the optimiser step
-    share: float  # factor that makes the mean over all micro-batches the mean over all groups
+    group_sizes: Tensor
 
 
 @dataclass(frozen=True)
-class _MicroStep:
-    """A batch and what stays fixed while the policy learns from it; `None` where the loss has no use for it."""
+class _Fixed:
+    """What stays as it is while the policy learns from a part; `None` where the loss has no use for it."""
 
-    batch: _NoisyBatch
-    reference_errors: Tensor | None
+    reference_errors: Tensor | None  # (levels, images)
     old_errors: Tensor | None
-    base_prediction: Tensor | None
-    scores: Tensor | None  # of whole groups, where the batch has only parts of them
-    objective: Tensor | None  # mean over the groups of the level
+    base_predictions: list[Tensor] | None  # of each level
+    scores: Tensor | None  # (levels, groups) of whole groups, where a micro-batch may have only parts of them
+    objectives: Tensor | None  # (levels,)
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """What is trained on at once, of a part's images and groups."""
+
+    rows: slice | Tensor
+    weighs: bool  # a row that is there for the backward's sake alone does not
+    groups: slice
+    learns: Tensor  # groups with a preference
+    advantages: Tensor
+    group_index: Tensor
+    sizes: dict[str, Any]
+    share: float  # factor that makes the mean over all micro-batches the mean over all groups
+
+
+def _room_for(x0: Tensor, prediction: Tensor, is_offloaded: bool) -> Tensor:
+    """Memory for one prediction an image, where copies to and from the device make nobody wait."""
+    if not is_offloaded:
+        return torch.empty_like(x0, dtype=prediction.dtype, device=prediction.device)
+    return torch.empty(x0.shape, dtype=prediction.dtype, pin_memory=prediction.is_cuda)
+
+
+def _like(rows: slice | Tensor, other: Tensor) -> slice | Tensor:
+    """Rows as an index of a tensor that may wait on the CPU."""
+    return rows if isinstance(rows, slice) else rows.to(other.device)
 
 
 def _checked_prompt(row: Any) -> str:
