@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from trl_dgpo.evaluation import evaluation_latents, image_grid, image_statistics, measure_images
+from trl_dgpo.evaluation import (
+    evaluation_latents,
+    evaluation_metrics,
+    image_grid,
+    image_statistics,
+    measure_images,
+)
+from trl_dgpo.rewards.scoring import Scores
 
 
 SHAPE = (4, 3, 5)
@@ -69,3 +76,13 @@ def test_grid_has_a_row_a_model_and_a_column_a_prompt():
     assert areas[255, 0, 0] == areas[90, 9, 9] == 32 * 32  # 8 pixels enlarged four times
     assert grid.width > 2 * 32
     assert grid.height > 2 * 32
+
+
+@pytest.mark.parametrize("name", ["reward", "reward_stderr", "rewards/sharp/mean", "images/contrast", "failed"])
+def test_a_rewards_own_metric_cannot_take_the_evaluations_names(name):
+    rewards = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    scores = Scores(rewards, {"sharp": rewards}, torch.zeros(2, dtype=torch.bool), {name: [123.0]}, {})
+    measures = measure_images(flat((0, 0, 0), (9, 9, 9)))
+    with pytest.raises(ValueError, match=f"A reward logs .'{name}'. by `log_metric`"):
+        evaluation_metrics(scores, measures)
+    assert evaluation_metrics(scores._replace(metrics={"sharpness": [1.0, 2.0]}), measures)["eval_sharpness"] == 1.5

@@ -97,6 +97,7 @@ def evaluation_metrics(scores: Scores, measures: dict[str, Tensor], prefix: str 
 
     Raises:
         `RuntimeError`: if no image has a reward.
+        `ValueError`: if a reward's own metric has the name of one of these.
     """
     rewards = scores.rewards
     failed = int(scores.failed.sum())
@@ -110,11 +111,12 @@ def evaluation_metrics(scores: Scores, measures: dict[str, Tensor], prefix: str 
     for name, values in scores.by_name.items():
         metrics[f"rewards/{name}/mean"] = values.nanmean().item()
         metrics[f"rewards/{name}/std"] = nanstd(values)
-    for name, values in sorted(scores.metrics.items()):
-        metrics[name] = sum(values) / len(values)
     for name, value in image_statistics(measures).items():
         metrics[f"images/{name}"] = value
     metrics |= {"num_images": len(rewards), "failed": failed}
+    if taken := sorted(metrics.keys() & scores.metrics.keys()):
+        raise ValueError(f"A reward logs {taken} by `log_metric`, which are the evaluation's own names. Rename them.")
+    metrics |= {name: sum(values) / len(values) for name, values in sorted(scores.metrics.items())}
     return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
 

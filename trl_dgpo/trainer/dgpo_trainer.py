@@ -334,9 +334,9 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             learned_from=rollout.valid if args.kl_coef else rollout.advantages != 0,
             sigmas=sigmas,
             noise=[self._group_noise(rollout.groups, (round, iteration, level)) for level in range(len(sigmas))],
-            advantages=rollout.advantages.to(device),
-            group_index=rollout.local_index.to(device),
-            group_sizes=rollout.group_sizes.to(device),
+            advantages=to_device(rollout.advantages, device),
+            group_index=to_device(rollout.local_index, device),
+            group_sizes=to_device(rollout.group_sizes, device),
         )
 
     def _micro_batches(self, part: _Part) -> list[_MicroBatch]:
@@ -351,7 +351,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
                     rows=rows,
                     weighs=weighs,
                     groups=groups,
-                    learns=preference.nonzero()[:, 0].to(args.device),
+                    learns=to_device(preference.nonzero()[:, 0], args.device),
                     advantages=part.advantages[rows],
                     group_index=part.group_index[rows] - groups.start,
                     sizes={"group_sizes": part.group_sizes[groups], "num_groups": count},
@@ -374,7 +374,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             if len(rows) == block.stop - start:
                 blocks.append((block, (block, True)))  # a view where nothing is left out
             elif len(rows):
-                blocks.append((block, (rows.to(self.args.device), True)))
+                blocks.append((block, (to_device(rows, self.args.device), True)))
             else:
                 blocks.append((block, (slice(start, start + 1), False)))
         return blocks
@@ -385,7 +385,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         draws = [
             torch.rand(1, generator=generator(self.args.seed, "dropout", *key, g)) for g in rollout.groups.tolist()
         ]
-        dropped = (torch.cat(draws) < self.args.prompt_dropout).to(rollout.x0.device)
+        dropped = to_device(torch.cat(draws) < self.args.prompt_dropout, rollout.x0.device)
         empty = self.backbone.encode([self.args.negative_prompt])
         return {
             name: torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), empty[name].to(rows), rows)
@@ -450,10 +450,11 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         rows_at_once = args.sample_batch_size * (2 if args.sample_guidance_scale > 1 else 1)
         size = max(args.per_device_train_batch_size, rows_at_once // (2 if guidance_scale > 1 else 1))
         errors = torch.zeros(len(part.sigmas), len(part.learned_from), device=args.device)
+        blocks = [rows for _, (rows, _) in self._blocks(part, size)]
         predictions: list[Tensor] = []
         with view, torch.no_grad(), evaluating(self.policy.model):
             for level in range(len(part.sigmas)):
-                for _, (rows, _) in self._blocks(part, size):
+                for rows in blocks:
                     prediction, target = self._predict(part, rows, level, guidance_scale=guidance_scale)
                     errors[level, rows] = denoising_error(prediction, target)
                     if keep:
