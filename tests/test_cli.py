@@ -430,6 +430,11 @@ def plan(capsys, *argv) -> str:
     return capsys.readouterr().out
 
 
+def train_command(printed: str) -> str:
+    """The flags of the command at a plan's end, on one line."""
+    return printed.split("\ntrl-dgpo train ")[1].split("\n\n")[0].replace("\\\n   ", "")
+
+
 def test_a_plan_is_for_a_gpu_wherever_it_is_made(pipeline_folder, recipe, capsys):
     model = ["--model", pipeline_folder, "--resolution", 32]
     assert ": a LoRA in bfloat16, 32 x 32 pixels" in plan(capsys, *model)
@@ -449,31 +454,30 @@ def test_a_plan_is_text_of_a_terminals_width(pipeline_folder, capsys):
 
 def test_a_plan_ends_in_the_command_that_trains(recipe, capsys):
     given = ["--config", recipe, "--vram", 24, "--fp32", "--negative_prompt", "two words"]
-    words = plan(capsys, *given, "--json")
-    command = json.loads(words)["command"].replace("\\\n", " ").split()
-    assert command[:2] == ["trl-dgpo", "train"]
-    _, args, _ = parse(shlex.split(" ".join(command[2:])))
+    command = train_command(plan(capsys, *given))
+    _, args, _ = parse(shlex.split(command))
     assert (args.negative_prompt, args.bf16, args.num_generations) == ("two words", False, CONFIG["num_generations"])
     assert "..." not in command
 
 
 def test_a_plan_changes_flags_and_asks_for_those_that_are_missing(pipeline_folder, capsys):
-    model = ["--model", pipeline_folder, "--resolution", 64, "--sample_batch_size=576"]
-    needed = json.loads(plan(capsys, *model, "--vram", 24, "--json"))
-    assert needed["fits"] is True
-    assert needed["changes"] == {}
-    tight = needed["asked"]["total"] - 0.05
-    fitted = json.loads(plan(capsys, *model, "--vram", tight, "--json"))
-    assert 0 < fitted["changes"]["sample_batch_size"] < 576
-    assert re.findall(r"sample_batch_size.(\d+)", fitted["command"]) == [str(fitted["changes"]["sample_batch_size"])]
-    assert "--dataset_name ... --reward_funcs ..." in fitted["command"].replace(" \\\n   ", "")
-    assert json.loads(plan(capsys, *model, "--vram", 1, "--json"))["command"] is None
-    assert "Does not fit 1 GiB" in plan(capsys, *model, "--vram", 1)
+    model = ["--model", pipeline_folder, "--resolution", 64, "--sample_batch_size=576", "--decode_batch_size", 1]
+    roomy = plan(capsys, *model, "--vram", 24)
+    assert "--sample_batch_size=576" in train_command(roomy)
+    needed = float(re.search(r"Fits 24 GiB: needs ([\d.]+) GiB", roomy)[1])
+    command = train_command(plan(capsys, *model, "--vram", needed - 0.05))
+    (batch_size,) = re.findall(r"sample_batch_size.(\d+)", command)
+    assert 0 < int(batch_size) < 576
+    assert "--dataset_name ... --reward_funcs ..." in command
+    nothing = plan(capsys, *model, "--vram", 1)
+    assert "Does not fit 1 GiB" in nothing
+    assert "trl-dgpo train" not in nothing
 
 
 def test_a_plan_takes_the_recipes_trainer_and_its_own_lora(recipe, capsys):
-    both = [json.loads(plan(capsys, "--config", recipe, "--trainer", name, "--json")) for name in ("dgpo", "gpo")]
-    assert both[0]["settings"]["num_generations"] == both[1]["settings"]["num_generations"]
+    for trainer in ("dgpo", "gpo"):
+        round_ = f"A round of {CONFIG['prompts_per_round']} x {CONFIG['num_generations']} images"
+        assert round_ in plan(capsys, "--config", recipe, "--trainer", trainer)
     small = plan(capsys, "--config", recipe, "--use_peft", "--lora_r", 4)
     large = plan(capsys, "--config", recipe, "--use_peft", "--lora_r", 16)
     assert small != large

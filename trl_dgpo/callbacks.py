@@ -301,7 +301,7 @@ class CompletionsCallback(TrainerCallback):
     Args:
         num_completions_to_print (`int`, *optional*, defaults to `16`):
             Rows of the table that is printed and sent, from all groups alike, best to worst within a group. `None` for
-            all if `None`.
+            all.
 
     Raises:
         `ImportError`: if rich is not installed.

@@ -154,13 +154,10 @@ class PlanArguments(DGPOScriptArguments):
         fp32 (`bool`, *optional*, defaults to `False`):
             Plan for float32, as `--bf16 false` does. The plan is for a GPU, so bfloat16 is planned otherwise, also
             where there is none.
-        json (`bool`, *optional*, defaults to `False`):
-            Print JSON.
     """
 
     vram: float | None = field(default=None, metadata={"help": "Memory of the GPU in GiB."})
     fp32: bool = field(default=False, metadata={"help": "Plan for float32; bfloat16 is planned otherwise."})
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -352,15 +349,13 @@ def plan(argv: list[str]) -> int:
         needed = plan_memory(sizes, args, quantized=model.load_in_4bit)
         fitted = None if script.vram is None else fit(sizes, args, script.vram, quantized=model.load_in_4bit)
     command = None if fitted is None or not fitted.fits else _train_command(argv, script, fitted.changes)
-    if script.json:
-        print(json.dumps(needed.to_dict() if fitted is None else fitted.to_dict() | {"command": command}, indent=2))
-        return 0
     planned = needed if fitted is None else fitted.plan
     print(f"{planned.title()}\n\n{planned.formulas()}\n\n{planned.table()}\n")
     if fitted is not None:
         print(f"{fitted.verdict()}\n\n{fitted.ladder()}\n")
         if command is not None:
             print(f"{command}\n")
+    print("Reward models on the GPU are not counted.")
     print("Computed from configurations, not measured: no run on a GPU has confirmed the total.")
     return 0
 
@@ -503,7 +498,7 @@ def _train_command(flags: list[str], script: PlanArguments, changes: dict[str, A
             parts.append(word)
         else:
             parts[-1] += f" {shlex.quote(word)}"
-    parts = [part for part in parts if _flag(part.split()[0]) not in {"vram", "fp32", "json", *changes}]
+    parts = [part for part in parts if _flag(part.split()[0]) not in {"vram", "fp32", *changes}]
     parts += [words({name: value}) for name, value in changes.items()]
     parts += [f"--{name} ..." for name in ("dataset_name", "reward_funcs") if getattr(script, name) is None]
     lines = ["trl-dgpo train"]
