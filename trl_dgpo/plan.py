@@ -48,7 +48,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .backbones import access, check_family, read_index
-from .backbones.sd3 import SD3Backbone
+from .backbones.sd3 import DECODED_PIXELS, SD3Backbone
 from .policy import lora_config
 from .tiny import tiny_pipeline_path
 
@@ -59,7 +59,6 @@ CONTEXT = GIB  # CUDA's own, with its libraries
 SLACK = 0.1  # of the rest: fragments of the allocator, workspaces of kernels
 BYTES_PER_WEIGHT = {"adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_bnb_8bit": 2.0, "adamw_8bit": 2.0}
 QUANTISED_BLOCK = 64  # weights that share a float32 scale
-DECODED_PIXELS = 2**21  # of a slice, where `decode_batch_size` does not say
 WHOLE_NETWORK = 1.75  # what training it saves, in what training a LoRA saves
 # What is tried to need less, and at what cost. A batch size is cut to what its phases allow; an update needs more than
 # a forward of as many rows, so that the rollout's batch alone decides on those without gradient.

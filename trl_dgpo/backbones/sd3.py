@@ -33,6 +33,7 @@ from .. import noising
 SAMPLERS = ("dpm", "euler", "sde")
 SIGMAS = ("dpm", "model")
 CONDITIONING = ("encoder_hidden_states", "pooled_projections")
+DECODED_PIXELS = 2**21  # at a time, where `decode_batch_size` does not say
 ENCODE_CACHE_SIZE = 512  # prompts kept in host memory: 1.7 MB each for SD3.5 with T5 in bfloat16
 # Graphs of the blocks' forward, which all blocks share: of three kinds of blocks, with and without gradient, for one
 # batch size and then for any, in training and evaluation, with each view of a policy, merged or not. Torch's own limit
@@ -333,7 +334,7 @@ class SD3Backbone:
         """
         batch_size = self.decode_batch_size
         if batch_size is None:
-            batch_size = max(1, 2**21 // (x0[0, 0].numel() * self.pipeline.vae_scale_factor**2))
+            batch_size = max(1, DECODED_PIXELS // (x0[0, 0].numel() * self.pipeline.vae_scale_factor**2))
         processor = self.pipeline.image_processor
         images = []
         with torch.autocast(self.vae.device.type, enabled=False):

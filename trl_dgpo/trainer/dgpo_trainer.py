@@ -341,7 +341,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
 
     def _micro_batches(self, part: _Part) -> list[_MicroBatch]:
         args, rollout, batches = self.args, part.rollout, []
-        for block, (rows, weighs) in self._blocks(part, args.per_device_train_batch_size):
+        for block, rows, weighs in self._blocks(part, args.per_device_train_batch_size):
             index = rollout.local_index[block]
             groups = slice(int(index[0]), int(index[-1]) + 1)
             count = groups.stop - groups.start
@@ -361,7 +361,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             )
         return batches
 
-    def _blocks(self, part: _Part, size: int) -> list[tuple[slice, tuple[slice | Tensor, bool]]]:
+    def _blocks(self, part: _Part, size: int) -> list[tuple[slice, slice | Tensor, bool]]:
         """
         Consecutive blocks of images, and of each the rows that are learned from, and whether there are any.
 
@@ -372,11 +372,11 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             block = slice(start, min(start + size, count))
             rows = part.learned_from[block].nonzero()[:, 0] + start
             if len(rows) == block.stop - start:
-                blocks.append((block, (block, True)))  # a view where nothing is left out
+                blocks.append((block, block, True))  # a view where nothing is left out
             elif len(rows):
-                blocks.append((block, (to_device(rows, self.args.device), True)))
+                blocks.append((block, to_device(rows, self.args.device), True))
             else:
-                blocks.append((block, (slice(start, start + 1), False)))
+                blocks.append((block, slice(start, start + 1), False))
         return blocks
 
     def _conditioning(self, rollout: Rollout, key: tuple[int, int]) -> dict[str, Tensor]:
@@ -450,7 +450,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         rows_at_once = args.sample_batch_size * (2 if args.sample_guidance_scale > 1 else 1)
         size = max(args.per_device_train_batch_size, rows_at_once // (2 if guidance_scale > 1 else 1))
         errors = torch.zeros(len(part.sigmas), len(part.learned_from), device=args.device)
-        blocks = [rows for _, (rows, _) in self._blocks(part, size)]
+        blocks = [rows for _, rows, _ in self._blocks(part, size)]
         predictions: list[Tensor] = []
         with view, torch.no_grad(), evaluating(self.policy.model):
             for level in range(len(part.sigmas)):
