@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "trl_dgpo"
 
 # A name is a file or a folder at the package's top. What is not there yet is only planned.
 FLOORS = [
-    {"noising", "advantages", "losses", "rollout", "seeding", "run_files"},
+    {"noising", "advantages", "losses", "rollout", "seeding", "run_files", "coco"},
     {"policy", "backbones", "rewards", "prompts", "prompt_embeds", "rollout_dataset", "sampler", "tiny"},
     {"ddpo_compat", "hub", "callbacks", "checkpoints", "evaluation", "report", "engines", "plan"},
     {"trainer"},
@@ -86,6 +86,7 @@ def test_scripts_are_never_imported():
         ("diffusers", {"backbones", "tiny", "trainer"}),  # the trainer passes a pipeline on
         ("trl", {"trainer", "callbacks", "hub", "ddpo_compat", "cli"}),
         ("datasets", {"rollout_dataset", "prompt_embeds", "trainer", "evaluation", "cli", "hub"}),
+        ("httpx2", {"rewards"}),
     ],
 )
 def test_each_library_is_known_in_few_places(library, rooms):

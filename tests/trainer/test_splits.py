@@ -60,8 +60,14 @@ SPLITS = {
     # each, both have a half of the second group; of four, with 3 images each, every group lies on two
     3: {1: (3,), 2: (3, 6), 4: (1, 3)},
 }
+# What is run on several processes by default; the others are slow tests.
+QUICK = ("dgpo", "gpo", "dgpo-logsigmoid", "all")
 TABLE = [
-    pytest.param(case, groups, processes, batch, id=f"{case}-{groups}-groups-on-{processes}-by-{batch}")
+    pytest.param(
+        *(case, groups, processes, batch),
+        id=f"{case}-{groups}-groups-on-{processes}-by-{batch}",
+        marks=[pytest.mark.slow] if processes > 1 and case not in QUICK else [],
+    )
     for groups, by_processes in SPLITS.items()
     for processes, batches in by_processes.items()
     for batch in batches
@@ -223,13 +229,13 @@ def interrupted(directory, groups: int, batch: int) -> list[bool]:
     return equal
 
 
-def on_several_processes(directory: Path, processes: int) -> dict:
+def on_several_processes(directory: Path, processes: int, cases: list[str]) -> dict:
     """What one of several processes finds."""
     found = {
         f"{case} {groups} {batch}": one_step(directory, groups, batch, **CASES[case])
         for groups, by_processes in SPLITS.items()
         for batch in by_processes[processes]
-        for case in CASES
+        for case in cases
     }
     if processes == 2:
         found["no reduction"] = one_step(directory, 3, 6, fault=no_reduction)
@@ -240,7 +246,7 @@ def on_several_processes(directory: Path, processes: int) -> dict:
     return found
 
 
-def fork(directory: Path, processes: int) -> None:
+def fork(directory: Path, processes: int, cases: list[str]) -> None:
     """Run on several processes and wait for them; each leaves what it found in a file."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -253,7 +259,7 @@ def fork(directory: Path, processes: int) -> None:
             try:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-                found = on_several_processes(directory / str(processes), processes)
+                found = on_several_processes(directory / str(processes), processes, cases)
                 torch.save(found, directory / f"{processes}.{rank}.pt")
                 code = 0
             except BaseException:
@@ -269,13 +275,15 @@ def fork(directory: Path, processes: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory):
+def others(request, tmp_path_factory):
     """The process that forks, while this one goes on; asked for a number of processes, what each of them found."""
     directory = tmp_path_factory.mktemp("processes")
+    cases = QUICK if "not slow" in request.config.option.markexpr else CASES
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))
     with open(directory / "log", "w") as log:
-        child = subprocess.Popen([sys.executable, __file__, str(directory)], env=environment, stdout=log, stderr=log)
+        command = [sys.executable, __file__, str(directory), *cases]
+        child = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     found = {}
 
     def get(processes: int) -> list[dict]:
@@ -541,4 +549,4 @@ if __name__ == "__main__":
     gc.freeze()
     torch.set_num_threads(1)
     for number in (2, 4):
-        fork(Path(sys.argv[1]), number)
+        fork(Path(sys.argv[1]), number, sys.argv[2:])
