@@ -3,7 +3,7 @@ import warnings
 import pytest
 import torch
 
-from trl_dgpo.advantages import group_advantages, zero_variance
+from trl_dgpo.advantages import group_advantages, normalize_then_sum, zero_variance
 
 
 NAN = float("nan")
@@ -165,3 +165,117 @@ def test_units_of_the_reward_are_free():
     advantages = group_advantages(rewards, ONE, epsilon=0)
     torch.testing.assert_close(group_advantages(40 * rewards - 7, ONE, epsilon=0), advantages, rtol=0, atol=1e-12)
     torch.testing.assert_close(group_advantages(-rewards, ONE, epsilon=0), -advantages, rtol=0, atol=1e-12)
+
+
+# -- several rewards, each normalised before they are summed
+
+TWO_REWARDS = torch.stack([f64(0, 1, 0, 1), f64(10, 20, 30, 40)])
+EVERY = torch.ones(4, dtype=torch.bool)
+
+
+def test_each_reward_is_measured_by_its_own_spread():
+    # 0, 1, 0, 1: mean .5, deviation .5; 10..40: mean 25, deviation sqrt(125) = 11.180339887499
+    close(
+        normalize_then_sum(TWO_REWARDS, [1, 1], ONE, EVERY, epsilon=0),
+        *(-1 - 1.341640786500, 1 - 0.447213595500, -1 + 0.447213595500, 1 + 1.341640786500),
+    )
+    # .5 / .5001 = .999800039992 and 15 / 11.180439887499 = 1.341628786615
+    close(
+        normalize_then_sum(TWO_REWARDS, [3, 0.5], ONE, EVERY)[:1],
+        -3 * 0.999800039992 - 0.5 * 1.341628786615,
+    )
+
+
+def test_summed_first_the_wider_reward_decides_alone():
+    summed = group_advantages(TWO_REWARDS.sum(0), ONE)
+    apart = group_advantages(normalize_then_sum(TWO_REWARDS, [1, 1], ONE, EVERY), ONE)
+    assert summed.argsort().tolist() == [0, 1, 2, 3]
+    assert apart.argsort().tolist() == [0, 2, 1, 3]
+
+
+def several(seed=0):
+    """Three rewards of 5 groups of 6, not applicable everywhere, one of them flat in a group; some samples failed."""
+    stream = torch.Generator().manual_seed(seed)
+    rewards = torch.rand(3, 30, dtype=torch.float64, generator=stream)
+    rewards[torch.rand(3, 30, generator=stream) < 0.2] = NAN
+    group_index = torch.arange(5).repeat_interleave(6)
+    rewards[1, group_index == 2] = 0.1
+    valid = torch.rand(30, generator=stream) < 0.8
+    return rewards, group_index, valid
+
+
+def test_normalised_rewards_sum_to_zero_over_a_group():
+    rewards, group_index, valid = several()
+    normalised = normalize_then_sum(rewards, [1.0, 0.5, -2.0], group_index, valid)
+    assert group_sums(normalised.nan_to_num(0), group_index).abs().max() < 1e-12
+    assert torch.equal(normalised.isnan(), ~valid)
+    assert normalised.nan_to_num(0).abs().max() > 1
+
+
+def test_the_units_of_each_reward_are_free():
+    rewards, group_index, valid = several()
+    units = torch.tensor([1000.0, 1e-3, 7.0]).double()[:, None]
+    for epsilon, tolerance in ((0, 1e-12), (1e-9, 1e-6)):
+        one, other = (
+            normalize_then_sum(r, [1.0, 0.5, 2.0], group_index, valid, epsilon=epsilon).nan_to_num(0)
+            for r in (rewards, units * rewards + 3)
+        )
+        assert ((one - other).norm() / one.norm()).item() < tolerance
+    # With the default epsilon, against a deviation of about .3, it is a thousandth of the weight.
+    one, other = (
+        group_advantages(normalize_then_sum(r, [1.0, 0.5, 2.0], group_index, valid), group_index)
+        for r in (rewards, units.clamp(min=1) * rewards)
+    )
+    assert ((one - other).norm() / one.norm()).item() < 1e-3
+
+
+def test_of_one_reward_both_orders_are_the_same():
+    rewards, group_index, _ = several()
+    first, valid = rewards[0], ~rewards[0].isnan()
+    normalised = normalize_then_sum(first[None], [2.0], group_index, valid, epsilon=0)
+    torch.testing.assert_close(
+        group_advantages(normalised, group_index, epsilon=0),
+        group_advantages(first, group_index, epsilon=0),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+def test_a_masked_sample_is_in_no_rewards_statistics():
+    rewards, group_index, valid = several()
+    weights = [1.0, 0.5, 2.0]
+    normalised = normalize_then_sum(rewards, weights, group_index, valid)
+    undrawn = normalize_then_sum(rewards[:, valid], weights, group_index[valid], valid[valid])
+    torch.testing.assert_close(normalised[valid], undrawn, rtol=0, atol=1e-12)
+    assert torch.equal(normalize_then_sum(rewards.where(valid, 1e9), weights, group_index, valid)[valid], undrawn)
+
+
+def test_where_a_reward_does_not_apply_it_adds_nothing_and_the_others_are_compared_without_it():
+    rewards = torch.stack([f64(0, 4, NAN, 2), f64(1, 3, 1, 3)])
+    close(
+        normalize_then_sum(rewards, [1, 1], ONE, EVERY, epsilon=0),
+        *(-1.224744871392 - 1, 1.224744871392 + 1, -1, 0 + 1),  # 0, 4, 2: mean 2, deviation sqrt(8/3)
+    )
+
+
+def test_a_reward_without_a_preference_adds_exactly_nothing():
+    # Groups of 7 leave rounding in the mean of .1.
+    rewards = torch.stack([torch.arange(7).double(), torch.full((7,), 0.1, dtype=torch.float64), f64(5, *[NAN] * 6)])
+    group_index, every = torch.zeros(7, dtype=torch.long), torch.ones(7, dtype=torch.bool)
+    alone = normalize_then_sum(rewards[:1], [1], group_index, every)
+    assert torch.equal(normalize_then_sum(rewards, [1, 9, 9], group_index, every), alone)
+    nothing = normalize_then_sum(rewards[1:], [9, 9], group_index, every)
+    assert nothing.tolist() == [0] * 7
+    assert zero_variance(nothing, group_index).tolist() == [True]
+
+
+def test_the_batch_scale_makes_it_what_grpos_users_know():
+    # Each reward over its group, their sum over its deviation in the batch, as TRL does with the sample's deviations.
+    rewards = torch.stack([f64(0, 1, 0, 1, 2, 2, 0, 4), f64(10, 20, 30, 40, 1, 5, 2, 3)])
+    total = sum(
+        (r.view(2, 4) - r.view(2, 4).mean(1, keepdim=True)) / (r.view(2, 4).std(1, correction=0, keepdim=True) + 1e-4)
+        for r in rewards
+    ).flatten()
+    expected = (total - total.mean()) / (total.std(correction=0) + 1e-4)
+    normalised = normalize_then_sum(rewards, [1, 1], TWO, torch.ones(8, dtype=torch.bool))
+    torch.testing.assert_close(group_advantages(normalised, TWO, scale="batch"), expected, rtol=0, atol=1e-12)

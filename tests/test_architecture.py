@@ -85,7 +85,7 @@ def test_scripts_are_never_imported():
     [
         ("diffusers", {"backbones", "tiny", "trainer"}),  # the trainer passes a pipeline on
         ("trl", {"trainer", "callbacks", "hub", "ddpo_compat", "cli"}),
-        ("datasets", {"rollout_dataset", "prompt_embeds", "trainer", "evaluation", "cli", "hub"}),
+        ("datasets", {"rollout_dataset", "prompts", "prompt_embeds", "trainer", "cli", "hub"}),
         ("httpx2", {"rewards"}),
     ],
 )

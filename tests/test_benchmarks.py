@@ -1,6 +1,7 @@
 """The benchmarks measure what they say."""
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import models  # noqa: E402
 import naive_loop  # noqa: E402
+import rewards  # noqa: E402
 import rounds  # noqa: E402
 import step_cost  # noqa: E402
 
@@ -166,6 +168,42 @@ def test_arguments_of_the_command_are_fields_of_the_round():
         for name, value in rounds.ROUND.items()
         if name not in ("clip_range", "beta", "seed")
     )
+
+
+def test_the_rewards_benchmark_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    rewards.main(["--quick", "--output", str(tmp_path / "figures.json")])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
+    assert [row for row in rows if row not in ("pictures", "reward", "read by")] == [
+        *rewards.SIZES,
+        *("OCR, 128 x 512", "waits", "waits, `async def`"),
+        *("with detection", "recognition only"),
+    ]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures.keys() == {"machine", "throughput", "overlap", "accuracy"}
+    for seconds in figures["overlap"].values():
+        assert 0 < seconds["sampling"][0] + seconds["scoring"][0] < seconds["in turn"][0]
+
+
+def assert_read(recognition_only: bool, side: int, texts: tuple[str, ...]) -> None:
+    row = rewards.read_texts(rewards.reader(recognition_only), side, texts)
+    assert {wanted for _, wanted in row["misread"]} <= {"7"}
+    for kind in rewards.BACKGROUNDS:
+        assert row[kind]["reward"] >= row[kind]["exact"] / len(texts)
+
+
+@pytest.mark.parametrize(
+    ("recognition_only", "side", "number"), [(False, 128, 2), (False, 512, 4), (True, 256, 12), (True, 512, 12)]
+)
+def test_texts_are_read_but_for_a_lone_digit(recognition_only, side, number):
+    assert_read(recognition_only, side, rewards.TEXTS[12 // number - 1 :: 12 // number])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [128, 256, 512])
+def test_all_texts_are_read_but_for_a_lone_digit(side):
+    assert_read(False, side, rewards.TEXTS)
 
 
 @pytest.mark.slow

@@ -4,22 +4,26 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_random_pipeline
-from tiny_trainers import CONFIG
+from tiny_trainers import CONFIG, tiny_trainer
 from trl import ModelConfig
 
 from trl_dgpo import DGPOConfig, GPOConfig, cli
 from trl_dgpo.cli import DGPOScriptArguments, EvaluateArguments, PlanArguments, SampleArguments, main, parse
+from trl_dgpo.evaluation import evaluation_latents
+from trl_dgpo.prompts import PROMPT_SETS
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -97,20 +101,21 @@ def test_help_of_the_command_is_quick():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("set()")
-    for command in ("train", "evaluate", "sample", "plan", "report"):
+    for command in ("train", "evaluate", "sample", "plan", "report", "serve-reward"):
         assert f"\n    {command}" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "plan", "report"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "plan", "report", "serve-reward"])
 @pytest.mark.parametrize("trainer", ["dgpo", "gpo"])
 def test_help_of_every_command_renders(command, trainer, capsys):
-    flags = [] if command == "report" else ["--trainer", trainer]
+    own = {"report": "output_dir", "serve-reward": "--port"}
+    flags = [] if command in own else ["--trainer", trainer]
     with pytest.raises(SystemExit) as stopped:
         main([command, *flags, "--help"])
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    if command == "report":
-        assert "output_dir" in printed
+    if command in own:
+        assert own[command] in printed
     else:
         assert all(f"--{name}" in printed for name in ("kl_coef", "learning_rate", "lora_r", "reward_funcs"))
         assert ("'linear' or 'logsigmoid'" in printed) == (trainer == "gpo")
@@ -185,7 +190,10 @@ def test_quantisation_computes_in_the_dtype_of_training(recipe, monkeypatch, fla
         (["--attn_implementation", "sdpa"], "`attn_implementation` is 'sdpa', which cannot act here"),
         (["--lora_modules_to_save", "proj_out"], "`lora_modules_to_save` is .*, which cannot act here"),
         (["--lora_r", "8"], r"\['lora_r'\] are set without `use_peft`"),
-        (["--reward_funcs", "nonsense"], "There is no reward 'nonsense'. .* ocr, ocr-recognition, package.module"),
+        (
+            ["--reward_funcs", "nonsense"],
+            "There is no reward 'nonsense'. Give a name .* ocr, .*ocr-recognition, pickscore",
+        ),
         (["--reward_funcs", "json:nothing"], "'json' has no 'nothing'"),
         (["--reward_funcs", "no/such/file.py:f"], "There is no file 'no/such/file.py'"),
         (["--reward_funcs", "no.such.module:f"], "No module named 'no'"),
@@ -204,9 +212,9 @@ def test_a_mistake_is_one_line(recipe, capsys, flags, message):
     ("left_out", "message"),
     [
         ("model_name_or_path", "There is no model. Give --model_name_or_path: 'tiny', an id on the Hub"),
-        ("dataset_name", "There are no prompts. Give --dataset_name: 'ocr' or 'tiny-ocr', a file"),
+        ("dataset_name", "There are no prompts. Give --dataset_name: a set made here (counting, geneval, ocr,"),
         ("eval_dataset_name", "has no held-out prompts. Give --eval_dataset_name"),
-        ("reward_funcs", "There is no reward. Give --reward_funcs a name (ocr, ocr-recognition), a function in a"),
+        ("reward_funcs", "There is no reward. Give --reward_funcs a name (aesthetic, clip-score, counting,"),
     ],
 )
 def test_what_is_missing_is_asked_for(recipe, capsys, left_out, message):
@@ -338,6 +346,183 @@ def test_train_then_evaluate_then_sample(recipe, capsys, tmp_path):
     assert main(["train", "--config", str(recipe), *flags]) == 0
     logged = [json.loads(line) for line in (tmp_path / "on" / "log.jsonl").read_text().splitlines()]
     assert next(entry["eval_reward"] for entry in logged) == pytest.approx(scores["after"], abs=1e-6)
+
+
+def pictures_of(folder: Path) -> torch.Tensor:
+    files = sorted(folder.glob("images/*.png"))
+    return torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files]).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, pipeline_folder) -> Path:
+    """A run of two steps, large enough to be seen."""
+    folder = tmp_path_factory.mktemp("trained")
+    trainer = tiny_trainer(folder / "run", model=str(pipeline_folder), learning_rate=0.1, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    return folder / "run"
+
+
+def suite(recipe, pipeline_folder, *flags) -> list[str]:
+    """The flags of a small suite: four prompts, a reward in a file."""
+    given = {
+        "config": recipe,
+        "model": pipeline_folder,
+        "suite": "tiny-ocr",
+        "output": recipe.parent / "suite",
+        "num_eval_prompts": 4,
+        "eval_num_steps": 2,
+        "eval_guidance_scale": 4.5,
+        "per_device_eval_batch_size": 1,
+        "rewards": f"{recipe.parent}/rewards.py:brightness",
+    }
+    return [
+        "evaluate",
+        *(word for name, value in given.items() for word in (f"--{name}", str(value))),
+        *map(str, flags),
+    ]
+
+
+def test_a_suite_compares_a_lora_with_its_base(recipe, pipeline_folder, trained, capsys, monkeypatch):
+    from diffusers import DPMSolverMultistepScheduler
+
+    from trl_dgpo import DGPOTrainer
+
+    folder = recipe.parent / "suite"
+    monkeypatch.setattr(DGPOTrainer, "end", None)  # it would part the processes, before the next model
+    assert main(suite(recipe, pipeline_folder, "--lora", trained)) == 0
+    printed = capsys.readouterr().out
+    lines = [re.split("  +", line) for line in printed.splitlines()]
+    assert ["4 prompts x 1", "base", "run", "run - base"] in lines
+    results = json.loads((folder / "results.json").read_text())
+    (name,) = results["models"]["run"]["rewards"]
+    assert name.endswith("rewards.py:brightness")
+    change = results["differences"]["run"]["rewards"][name]
+    (line,) = [line for line in lines if line[0] == "rewards.py:brightness"]
+    assert line[3] == f"{change['mean']:+.3f} [{change['interval'][0]:+.3f}, {change['interval'][1]:+.3f}]"
+    assert abs(change["mean"]) > 1e-4
+
+    # What was measured is what plain diffusers draws, with the LoRA and without it.
+    prompts = [row["prompt"] for row in PROMPT_SETS["tiny-ocr"]("test", 4)]
+    plain = tiny_random_pipeline()
+    plain.scheduler = DPMSolverMultistepScheduler.from_pretrained(trained / "scheduler")
+
+    def draw() -> torch.Tensor:
+        settings = {"num_inference_steps": 2, "guidance_scale": 4.5, "height": 32, "width": 32}
+        images = [
+            plain(prompt, latents=latent[None], max_sequence_length=4, output_type="pt", **settings).images
+            for prompt, latent in zip(prompts, evaluation_latents(prompts, 1, (4, 8, 8)), strict=True)
+        ]
+        return (torch.cat(images) * 255).round().to(torch.uint8)
+
+    assert torch.equal(pictures_of(folder / "base"), draw())
+    plain.load_lora_weights(trained)
+    assert torch.equal(pictures_of(folder / "run"), draw())
+    expected = torch.einsum("bchw,c->b", draw().double(), torch.tensor([0.299, 0.587, 0.114]).double()) / (255 * 1024)
+    assert results["models"]["run"]["rewards"][name]["mean"] == pytest.approx(expected.mean().item(), abs=2e-3)
+
+    # Another reward later draws nothing.
+    monkeypatch.setattr(DGPOTrainer, "__init__", None)
+    (recipe.parent / "more.py").write_text(
+        "def redness(images, **kwargs): return [i.getpixel((0, 0))[0] for i in images]"
+    )
+    flags = [
+        "--lora",
+        trained,
+        "--rewards",
+        f"{recipe.parent}/rewards.py:brightness",
+        f"{recipe.parent}/more.py:redness",
+    ]
+    assert main(suite(recipe, pipeline_folder, *flags)) == 0
+    printed = capsys.readouterr().out
+    assert "\nmore.py:redness " in printed
+    assert f"\n{'  '.join(line)}" in re.sub("  +", "  ", printed)
+    # Another setting does not go into the same folder, and neither does a LoRA that has changed since.
+    told = error(capsys, *suite(recipe, pipeline_folder, "--lora", trained, "--eval_num_steps", 3))
+    assert "holds another evaluation: eval_num_steps is 3, was 2" in told
+
+
+@pytest.mark.parametrize("kept", ["adapter_model.safetensors", "pytorch_lora_weights.safetensors"])
+def test_a_lora_of_either_format_goes_onto_the_base_that_is_given(recipe, pipeline_folder, trained, tmp_path, kept):
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "no/where"}))
+    for name in {"adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_config.json"} - {
+        kept,
+        "adapter_config.json" if kept == "adapter_model.safetensors" else "",
+    }:
+        (other / name).unlink()
+    assert main(suite(recipe, pipeline_folder, "--lora", other)) == 0
+    alone = [*suite(recipe, trained), "--output", str(tmp_path / "alone")]
+    assert main(alone) == 0
+    drawn = pictures_of(tmp_path / "suite" / "other")
+    assert torch.equal(drawn, pictures_of(tmp_path / "alone" / "base"))
+    assert not torch.equal(drawn, pictures_of(tmp_path / "suite" / "base"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--suite", "genval"], "There is no suite 'genval'; there are geneval, ocr"),
+        (["--suite", "geneval", "--num_eval_prompts", "554"], "554"),
+        (["--lora", "x/y"], "`lora` act with a suite alone. Give --suite"),
+        (["--rewards", "ocr", "--num_images", "2"], "`rewards`, `num_images` act with a suite alone"),
+        (["--suite", "ocr", "--lora", "/no/where"], "`lora` has '/no/where', which does not exist"),
+        (["--suite", "ocr", "--lora", "x/y", "--full_finetuning", "true"], "`full_finetuning` is set"),
+        (["--suite", "ocr", "--num_images", "0"], "1018 prompts of 0 images"),
+        (["--suite", "ood", "--rewards", "counting"], "`counting` cannot be measured here"),
+        (["--suite", "tiny-ocr", "--rewards", "math:sqrt"], "must take `..kwargs`"),
+        (["--suite", "tiny-ocr", "--model", "/no/where"], "'/no/where' does not exist"),
+    ],
+)
+def test_a_mistake_in_a_suite_is_one_line(recipe, capsys, monkeypatch, tmp_path, flags, message):
+    monkeypatch.chdir(tmp_path)
+    if "--rewards" not in flags and "--suite" in flags:
+        flags = [*flags, "--rewards", "rewards.py:brightness"]
+    assert re.search(message, error(capsys, "evaluate", "--config", recipe, *flags))
+
+
+def test_a_reward_that_cannot_be_asked_is_told_before_anything_is_drawn(recipe, pipeline_folder, capsys, monkeypatch):
+    (recipe.parent / "gone.py").write_text("def gone(images, **kwargs): import no_such_package")
+    flags = ["--rewards", f"{recipe.parent}/gone.py:gone", "--reward_self_test", "true"]
+    told = error(capsys, *suite(recipe, pipeline_folder, *flags))
+    assert "No module named 'no_such_package'" in told
+    assert not list((recipe.parent / "suite").rglob("*.png"))
+
+
+def test_rewards_are_on_the_scale_of_their_use(recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "get_reward", lambda name, normalize: asked.append((name, normalize)))
+    monkeypatch.setattr(cli, "_build", lambda *args, **kwargs: sys.exit())
+    flags = ["--config", str(recipe), "--reward_funcs", "jpeg-compressibility"]
+    for argv in (["train", *flags, "--eval_reward_funcs", "pickscore"], ["evaluate", *flags]):
+        with pytest.raises(SystemExit):
+            main(argv)
+    # What evaluates a run alone measures what the run's own evaluation does.
+    assert asked == [("jpeg-compressibility", True), ("pickscore", False), ("jpeg-compressibility", True)]
+
+
+def test_a_served_reward_has_an_address():
+    from trl_dgpo.rewards import RemoteReward
+
+    (reward,) = cli._rewards(["http://127.0.0.1:8000"])
+    assert isinstance(reward, RemoteReward)
+
+
+def test_a_reward_is_served_without_the_trainer():
+    code = (
+        "import sys\nfrom trl_dgpo import cli\nfrom trl_dgpo.rewards import remote\n"
+        "remote.serve = lambda reward, **where: print(reward.__name__, where)\n"
+        "cli.main(['serve-reward', 'ocr', '--port', '9'])\n"
+        "print({'trl', 'diffusers', 'transformers', 'accelerate', 'datasets', 'peft', 'httpx2'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["ocr {'host': '127.0.0.1', 'port': 9}", "set()"]
+
+
+def test_a_reward_that_cannot_be_served(capsys):
+    assert "There is no reward 'nonsense'" in error(capsys, "serve-reward", "nonsense")
 
 
 def test_training_goes_on(recipe, tmp_path):

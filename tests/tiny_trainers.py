@@ -27,6 +27,7 @@ CONFIG = {
     "kl_coef": 0.0,
     "ema_every": 1,
     "num_log_images": 0,
+    "reward_self_test": False,
     "max_steps": 1,
     "gradient_checkpointing": False,
     "use_cpu": True,

@@ -75,6 +75,46 @@ def group_advantages(
     return advantages
 
 
+def normalize_then_sum(
+    rewards: Tensor, weights: list[float], group_index: Tensor, valid: Tensor, *, epsilon: float = 1e-4
+) -> Tensor:
+    r"""
+    Several rewards as one, each on the scale of its own spread within the group.
+
+    \\( \tilde r_i = \sum_k w_k (r_{ki} - \mathrm{mean}(r_k)) / (\mathrm{std}(r_k) + \epsilon) \\), mean and population
+    standard deviation over the group's valid samples that reward k applies to (GDPO's decoupled normalisation,
+    [2601.05242](https://huggingface.co/papers/2601.05242)). A reward weighs what its weight says, whatever its unit
+    and spread. It adds 0 where it does not apply and where it holds no preference, so that the sum over a group is 0.
+
+    What is left out, against TRL and the paper: the division of the result by its deviation over the batch, which is
+    [`group_advantages`] with `scale="batch"`. TRL takes the sample's standard deviation.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(K, B)`):
+            Each reward, `NaN` where it does not apply.
+        weights (`list[float]`):
+            Weight of each reward.
+        group_index (`torch.Tensor` of shape `(B,)`):
+            Group of each rollout, 0..N-1.
+        valid (`torch.Tensor` of shape `(B,)`):
+            Mask of the samples that count: those of which no reward failed.
+        epsilon (`float`, *optional*, defaults to `1e-4`):
+            Added to the deviations.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, `NaN` where not valid: rewards for [`group_advantages`].
+    """
+    total = rewards.new_zeros(len(group_index))
+    for values, weight in zip(rewards, weights, strict=True):
+        counts = valid & ~values.isnan()
+        centred = _centre(values, group_index, counts)
+        deviation = _group_mean(centred.square(), group_index, counts).sqrt()
+        # Equal rewards may leave rounding in the mean, which over epsilon would be noise.
+        flat = zero_variance(values, group_index, counts)
+        total += weight * (centred / (deviation + epsilon)[group_index]).masked_fill(flat[group_index], 0.0)
+    return total.masked_fill(~valid, torch.nan)
+
+
 def zero_variance(rewards: Tensor, group_index: Tensor, valid: Tensor | None = None) -> Tensor:
     """
     Groups that hold no preference: largest and smallest valid reward are equal, or fewer than two are valid.

@@ -1,5 +1,5 @@
 """
-The command line: `trl-dgpo train|evaluate|sample|plan|report`, or `python -m trl_dgpo`.
+The command line: `trl-dgpo train|evaluate|sample|plan|report|serve-reward`, or `python -m trl_dgpo`.
 
 `train`, `evaluate`, `sample` and `plan` take the same recipe, a YAML file of flags, and the same flags over it: those
 of this file, every field of [`DGPOConfig`] or [`GPOConfig`], and those of [`~trl.ModelConfig`]. So what a run was
@@ -12,9 +12,9 @@ traceback. From the first step on errors keep theirs.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
+import copy
 import json
+import logging
 import os
 import shlex
 import sys
@@ -22,8 +22,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .prompts import PROMPT_SETS
+from .prompts.files import FORMATS, read_prompts
+from .rewards import REWARD_FORMS, get_reward
 
 
 if TYPE_CHECKING:
@@ -35,9 +40,6 @@ if TYPE_CHECKING:
     from .trainer.dgpo_trainer import DGPOTrainer
 
 TRAINERS = ("dgpo", "gpo")
-REWARDS = {"ocr": {}, "ocr-recognition": {"recognition_only": True}}
-PROMPTS = ("ocr", "tiny-ocr")
-FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass
@@ -49,8 +51,9 @@ class DGPOScriptArguments:
         trainer (`str`, *optional*, defaults to `"dgpo"`):
             `"dgpo"` or `"gpo"`; decides which configuration's flags there are.
         dataset_name (`str`):
-            Prompts: `"ocr"` or `"tiny-ocr"` (made by [`trl_dgpo.prompts`]), a `.txt` file of one prompt a line, a
-            `.jsonl`, `.json`, `.csv` or `.parquet` file with a column `prompt`, or a data set's id on the Hub.
+            Prompts: a set of [`trl_dgpo.prompts`] (such as `"ocr"`, `"tiny-ocr"` or `"geneval"`), a `.txt` file of one
+            prompt a line, a `.jsonl`, `.json`, `.csv` or `.parquet` file with a column `prompt`, or a data set's id on
+            the Hub.
         dataset_config (`str`, *optional*):
             Configuration of a data set on the Hub.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
@@ -62,22 +65,23 @@ class DGPOScriptArguments:
         eval_dataset_name (`str`, *optional*):
             Held-out prompts from elsewhere, in the forms of `dataset_name`.
         num_prompts (`int`, *optional*):
-            Training prompts: all, or 20 000 made ones, if not set.
+            Training prompts: all, or of a made set as many as it gives by itself, if not set.
         num_eval_prompts (`int`, *optional*):
-            Held-out prompts: all, or 256 made ones, if not set.
+            Held-out prompts: all, or of a made set as many as it gives by itself, if not set.
         reward_funcs (`list[str]`):
-            Rewards, each one of `"ocr"` and `"ocr-recognition"` (small pictures of one line), a function in a module
-            (`package.module:function`) or in a file (`path/to/rewards.py:function`).
+            Rewards, each a name of `trl_dgpo.rewards.BUILT_IN`, a function in a module (`package.module:function`) or
+            in a file (`path/to/rewards.py:function`), or the address of a served reward (`http://...`). Built-in ones
+            are on the scale of the reference's training, where there is one.
         eval_reward_funcs (`list[str]`, *optional*):
-            What evaluation measures, if not the same.
+            What evaluation measures, if not the same; built-in ones on the scale that papers print.
     """
 
     trainer: str = field(default="dgpo", metadata={"help": "The method.", "choices": list(TRAINERS)})
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Prompts: 'ocr' or 'tiny-ocr' (made here), a .txt file of one prompt a line, a .jsonl, .json, "
-            ".csv or .parquet file with a column `prompt`, or a data set's id on the Hub."
+            "help": f"Prompts: a set made here ({', '.join(PROMPT_SETS)}), a .txt file of one prompt a line, a "
+            ".jsonl, .json, .csv or .parquet file with a column `prompt`, or a data set's id on the Hub."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
@@ -88,20 +92,23 @@ class DGPOScriptArguments:
         default=None, metadata={"help": "Held-out prompts from elsewhere, in the forms of --dataset_name."}
     )
     num_prompts: int | None = field(
-        default=None, metadata={"help": "Training prompts: all, or 20000 made ones, if not set."}
+        default=None,
+        metadata={"help": "Training prompts: all, or of a made set as many as it gives by itself, if not set."},
     )
     num_eval_prompts: int | None = field(
-        default=None, metadata={"help": "Held-out prompts: all, or 256 made ones, if not set."}
+        default=None,
+        metadata={"help": "Held-out prompts: all, or of a made set as many as it gives by itself, if not set."},
     )
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rewards, each one of 'ocr' and 'ocr-recognition' (small pictures of one line), a function in a "
-            "module (package.module:function) or in a file (path/to/rewards.py:function)."
+            "help": f"Rewards, each {REWARD_FORMS}. Built-in ones are on the scale of the reference's training, where "
+            "there is one."
         },
     )
     eval_reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "What evaluation measures, if not the same."}
+        default=None,
+        metadata={"help": "What evaluation measures, if not the same; built-in ones on the scale that papers print."},
     )
 
     def __post_init__(self):
@@ -117,11 +124,62 @@ class EvaluateArguments(DGPOScriptArguments):
     Arguments of `trl-dgpo evaluate`.
 
     Args:
+        suite (`str`, *optional*):
+            Evaluate a suite, a name of [`trl_dgpo.evaluation.suites`], with its own prompts and rewards in place of
+            the recipe's.
+        lora (`list[str]`, *optional*):
+            LoRAs on the model, folders or ids on the Hub, to be compared with it in a suite.
+        rewards (`list[str]`, *optional*):
+            Rewards in place of the suite's, in the forms of `reward_funcs`; built-in ones on the scale that papers
+            print.
+        num_images (`int`, *optional*):
+            Images of each prompt in a suite, if not as many as the suite says. Without a suite, `eval_num_images`.
         output (`str`, *optional*):
-            JSON file for the numbers.
+            JSON file for the numbers; of a suite the folder, which an interrupted evaluation goes on in
+            (`evaluation/<suite>` if not given).
     """
 
-    output: str | None = field(default=None, metadata={"help": "JSON file for the numbers."})
+    suite: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate a suite (geneval, ocr, tiny-ocr, counting or ood), with its own prompts and rewards in "
+            "place of the recipe's."
+        },
+    )
+    lora: list[str] | None = field(
+        default=None,
+        metadata={"help": "LoRAs on the model, folders or ids on the Hub, to be compared with it in a suite."},
+    )
+    rewards: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards in place of the suite's, in the forms of --reward_funcs; built-in ones on the scale that "
+            "papers print."
+        },
+    )
+    num_images: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images of each prompt in a suite, if not as many as the suite says. Without a suite: "
+            "--eval_num_images."
+        },
+    )
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file for the numbers; of a suite the folder, which an interrupted evaluation goes on in "
+            "(evaluation/SUITE if not given)."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("lora", "rewards"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [value])
+        idle = [f"`{name}`" for name in ("lora", "rewards", "num_images") if getattr(self, name) is not None]
+        if self.suite is None and idle:
+            raise ValueError(f"{', '.join(idle)} act with a suite alone. Give --suite.")
 
 
 @dataclass
@@ -210,7 +268,7 @@ def make_parser(
         usage=f"trl-dgpo {command} [--config RECIPE.yaml] [--FLAG VALUE ...]",
         description=f"{_COMMANDS[command][1]} Each flag may also stand in the recipe; a flag given here wins.",
     )
-    if command == "plan":
+    if command in ("plan", "evaluate"):
         parser.add_argument("--model", dest="model_name_or_path", help="Short for --model_name_or_path.")
     return parser
 
@@ -272,7 +330,7 @@ def train(argv: list[str]) -> int:
             model,
             train_dataset=_dataset(script, "train"),
             eval_dataset=None if args.eval_strategy == "no" else _dataset(script, "test"),
-            reward_funcs=_rewards(script.reward_funcs),
+            reward_funcs=_rewards(script.reward_funcs, normalize=True),
             eval_reward_funcs=script.eval_reward_funcs and _rewards(script.eval_reward_funcs),
             peft_config=_peft_config(model),
         )
@@ -297,12 +355,17 @@ def train(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    """`trl-dgpo evaluate`: the numbers of training's own evaluation, under the same noise."""
+    """`trl-dgpo evaluate`: the numbers of training's own evaluation, or of a suite, under the same noise."""
+    with _users_mistakes():
+        script, args, model = parse(argv, EvaluateArguments, "evaluate")
+    if script.suite is not None:
+        return _evaluate_suite(script, args, model)
     with tempfile.TemporaryDirectory() as scratch:
         with _users_mistakes():
-            script, args, model = parse(argv, EvaluateArguments, "evaluate")
             dataset = _dataset(script, "test")
-            rewards = _rewards(script.eval_reward_funcs or script.reward_funcs)
+            names = script.eval_reward_funcs or script.reward_funcs
+            # On the scale on which training measures them.
+            rewards = _rewards(names, normalize=not script.eval_reward_funcs)
             output = None if script.output is None else _writable(Path(script.output))
             trainer = _build_still(script, args, model, scratch, dataset, rewards)
         metrics = trainer.evaluate()
@@ -312,6 +375,49 @@ def evaluate(argv: list[str]) -> int:
                 output.write_text(json.dumps(metrics, indent=2) + "\n")
                 print(f"The numbers are in {output}.")
         trainer.end()
+    return 0
+
+
+def _evaluate_suite(script: EvaluateArguments, args: DGPOConfig, model: ModelConfig) -> int:
+    with _users_mistakes():
+        from accelerate import PartialState
+        from transformers import TrainerState
+
+        from .evaluation.comparison import as_text, table
+        from .evaluation.models import image_settings, labelled, model_record
+        from .evaluation.suites import BASE, SUITES, SuiteEvaluation, suite_rows
+        from .rewards.scoring import RewardScorer
+
+        rows = suite_rows(script.suite, script.num_eval_prompts)
+        suite = SUITES[script.suite]
+        names = list(dict.fromkeys(script.rewards or suite.rewards))
+        loras = labelled(script.lora or [], taken=BASE)
+        if loras and args.full_finetuning:
+            raise ValueError("`full_finetuning` is set, which has no LoRA, and `lora` is given. Leave one out.")
+        folder = Path(script.output or f"evaluation/{script.suite}")
+        evaluation = SuiteEvaluation(
+            _writable(folder / "suite.json").parent,
+            rows,
+            {label: partial(_generating, script, args, model, lora) for label, lora in {BASE: None, **loras}.items()},
+            dict(zip(names, _rewards(names), strict=True)),
+            num_images=suite.num_images if script.num_images is None else script.num_images,
+            mean_of_tags=suite.mean_of_tags,
+            settings={"suite": script.suite, **image_settings(args, model.load_in_4bit or model.load_in_8bit)},
+            sources={
+                BASE: model_record(model.model_name_or_path, is_lora=False),
+                **{label: model_record(lora, is_lora=True) for label, lora in loras.items()},
+            },
+            reward_timeout=args.reward_timeout,
+            show_progress=not args.disable_tqdm,
+        )
+        if args.reward_self_test:
+            # Other objects than those that score: their models go again before the one that draws comes.
+            for reward in map(get_reward, evaluation.unscored()):
+                RewardScorer(reward).self_test(rows[0], args.height, args.width, trainer_state=TrainerState())
+    results = evaluation.run()
+    PartialState().destroy_process_group()
+    if results is not None:
+        print(f"\n{as_text(table(results))}\n\nIn brackets 95 % intervals. Everything is in {folder}.")
     return 0
 
 
@@ -374,6 +480,22 @@ def report(argv: list[str]) -> int:
         path = flags.output or flags.output_dir / "report.html"
         write_report(flags.output_dir, path)
     print(f"The report is {path}.")
+    return 0
+
+
+def serve_reward(argv: list[str]) -> int:
+    """`trl-dgpo serve-reward`: a reward as a server, for trainings elsewhere."""
+    parser = argparse.ArgumentParser(prog="trl-dgpo serve-reward", description=_COMMANDS["serve-reward"][1])
+    parser.add_argument("reward", metavar="NAME", help=f"What is served: {REWARD_FORMS}.")
+    parser.add_argument("--host", default="127.0.0.1", help="Address to listen at. %(default)s if not given.")
+    parser.add_argument("--port", type=int, default=8000, help="Port to listen at. %(default)s if not given.")
+    flags = parser.parse_args(argv)
+    with _users_mistakes():
+        from .rewards.remote import serve
+
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("trl_dgpo").setLevel(logging.INFO)  # where it is served, and that it is
+        serve(get_reward(flags.reward), host=flags.host, port=flags.port)
     return 0
 
 
@@ -448,7 +570,9 @@ def _peft_config(model: ModelConfig) -> LoraConfig | None:
     return peft_config
 
 
-def _build(script: DGPOScriptArguments, args: DGPOConfig, model: ModelConfig, **kwargs) -> DGPOTrainer:
+def _build(
+    script: DGPOScriptArguments, args: DGPOConfig, model: ModelConfig, pipeline: Any = None, **kwargs
+) -> DGPOTrainer:
     from trl import get_quantization_config
 
     if script.trainer == "gpo":
@@ -456,18 +580,64 @@ def _build(script: DGPOScriptArguments, args: DGPOConfig, model: ModelConfig, **
     else:
         from .trainer.dgpo_trainer import DGPOTrainer as trainer_class
     # TRL takes the quantised layers' arithmetic from `dtype`, which says nothing here.
-    model.dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    model.dtype = _dtype(args)
     return trainer_class(
-        model=model.model_name_or_path, args=args, quantization_config=get_quantization_config(model), **kwargs
+        model=pipeline or model.model_name_or_path,
+        args=args,
+        quantization_config=get_quantization_config(model),
+        **kwargs,
     )
 
 
 def _build_still(
-    script: DGPOScriptArguments, args: DGPOConfig, model: ModelConfig, scratch: str, dataset: Any, rewards: Any
+    script: DGPOScriptArguments,
+    args: DGPOConfig,
+    model: ModelConfig,
+    scratch: str,
+    dataset: Any,
+    rewards: Any,
+    pipeline: Any = None,
 ) -> DGPOTrainer:
     """A trainer that trains nothing: it loads the weights as training would and leaves the run's folder alone."""
     args.output_dir, args.push_to_hub, args.report_to, args.num_log_images = scratch, False, [], 0
-    return _build(script, args, model, train_dataset=dataset, eval_dataset=dataset, reward_funcs=rewards)
+    return _build(script, args, model, pipeline, train_dataset=dataset, eval_dataset=dataset, reward_funcs=rewards)
+
+
+@contextmanager
+def _generating(
+    script: DGPOScriptArguments, args: DGPOConfig, model: ModelConfig, lora: str | None
+) -> Iterator[Callable[..., Tensor]]:
+    """What draws pictures with a model, or with a LoRA on it."""
+    import torch
+    from datasets import Dataset
+    from trl import get_quantization_config
+
+    args, model = copy.copy(args), copy.copy(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        with _users_mistakes():
+            pipeline = None
+            if lora is not None:
+                from .evaluation.models import load_with_lora
+
+                model.dtype = _dtype(args)
+                init_kwargs = dict(args.model_init_kwargs or {})
+                pipeline = load_with_lora(
+                    model.model_name_or_path,
+                    lora,
+                    revision=init_kwargs.pop("revision", None),
+                    init_kwargs=init_kwargs,
+                    dtype=getattr(torch, model.dtype),
+                    quantization_config=get_quantization_config(model),
+                )
+                # They have acted.
+                args.model_init_kwargs, model.load_in_4bit, model.load_in_8bit = None, False, False
+            prompts = Dataset.from_dict({"prompt": [""]})
+            trainer = _build_still(script, args, model, scratch, prompts, _no_reward, pipeline)
+        yield trainer.generate  # not ended: that would part the processes, before the next model
+
+
+def _dtype(args: DGPOConfig) -> str:
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
 
 
 def _flag(word: str) -> str | None:
@@ -517,24 +687,21 @@ def _dataset(script: DGPOScriptArguments, split: str) -> Any:
     held_out = split == "test"
     if script.dataset_name is None and not (held_out and script.eval_dataset_name):
         raise ValueError(
-            f"There are no prompts. Give --dataset_name: {' or '.join(map(repr, PROMPTS))}, a file "
-            f"({', '.join(FILES)}), or a data set's id on the Hub."
+            f"There are no prompts. Give --dataset_name: a set made here ({', '.join(PROMPT_SETS)}), a file "
+            f"({', '.join(FORMATS)}), or a data set's id on the Hub."
         )
     elsewhere = held_out and script.eval_dataset_name is not None
     name = script.eval_dataset_name if elsewhere else script.dataset_name
     number = script.num_eval_prompts if held_out else script.num_prompts
-    if name in PROMPTS:
-        from . import prompts
-
-        make = {"ocr": prompts.ocr_prompts, "tiny-ocr": prompts.tiny_ocr_prompts}[name]
-        return Dataset.from_list(make(split, number or (256 if held_out else 20_000)))
-    if Path(name).suffix in FILES:
+    if name in PROMPT_SETS:
+        return Dataset.from_list(PROMPT_SETS[name](split, number))
+    if Path(name).suffix in FORMATS:
         if held_out and not elsewhere:
             raise ValueError(
                 f"{name!r} has no held-out prompts. Give --eval_dataset_name another file, or train with "
                 "--eval_strategy no."
             )
-        dataset = _read_file(Path(name))
+        dataset = read_prompts(Path(name))
     else:
         which = script.dataset_test_split if held_out else script.dataset_train_split
         dataset = load_dataset(name, script.dataset_config, split=which, streaming=script.dataset_streaming)
@@ -544,61 +711,13 @@ def _dataset(script: DGPOScriptArguments, split: str) -> Any:
 
 
 def _is_on_hub(name: str) -> bool:
-    return name not in PROMPTS and Path(name).suffix not in FILES and not Path(name).exists()
+    return name not in PROMPT_SETS and Path(name).suffix not in FORMATS and not Path(name).exists()
 
 
-def _read_file(path: Path) -> Any:
-    from datasets import Dataset
-
-    if not path.is_file():
-        raise ValueError(f"There is no file {str(path)!r}.")
-    if path.suffix == ".txt":
-        lines = [line.strip() for line in path.read_text().splitlines()]
-        return Dataset.from_dict({"prompt": [line for line in lines if line]})
-    read = {".csv": Dataset.from_csv, ".parquet": Dataset.from_parquet}.get(path.suffix, Dataset.from_json)
-    return read(str(path))
-
-
-def _rewards(names: list[str] | None) -> list[Callable]:
+def _rewards(names: list[str] | None, normalize: bool = False) -> list[Callable]:
     if not names:
-        raise ValueError(
-            f"There is no reward. Give --reward_funcs a name ({', '.join(REWARDS)}), a function in a module "
-            "(package.module:function) or a function in a file (path/to/rewards.py:function)."
-        )
-    return [_reward(name) for name in names]
-
-
-def _reward(name: str) -> Callable:
-    if name in REWARDS:
-        from .rewards import OCRReward
-
-        return OCRReward(**REWARDS[name])
-    # TRL writes package.module.function
-    place, _, function = name.rpartition(":" if ":" in name else ".")
-    if not place:
-        raise ValueError(
-            f"There is no reward {name!r}. It must be one of {', '.join(REWARDS)}, package.module:function or "
-            "path/to/rewards.py:function."
-        )
-    module = _module(place)
-    if not hasattr(module, function):
-        raise ValueError(f"`reward_funcs` has {name!r}, but {place!r} has no {function!r}.")
-    return getattr(module, function)
-
-
-def _module(place: str) -> Any:
-    if not place.endswith(".py"):
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())  # an installed command does not look where it is called
-        return importlib.import_module(place)
-    path = Path(place)
-    if not path.is_file():
-        raise ValueError(f"There is no file {place!r} to take a reward from.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # where pickle looks for what the file defines
-    spec.loader.exec_module(module)
-    return module
+        raise ValueError(f"There is no reward. Give --reward_funcs {REWARD_FORMS}.")
+    return [get_reward(name, normalize=normalize) for name in names]
 
 
 def _save_pictures(images: Tensor, prompts: list[str], folder: Path) -> None:
@@ -664,4 +783,5 @@ _COMMANDS = {
     "sample": (sample, "Draw pictures of prompts."),
     "plan": (plan, "Compute the GPU memory that a run needs, and what fits."),
     "report": (report, "Write one HTML file that shows a run."),
+    "serve-reward": (serve_reward, "Serve a reward over HTTP."),
 }

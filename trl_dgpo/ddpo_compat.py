@@ -923,6 +923,7 @@ class _DDPOReward:
     """A reward in DDPO's form, callable in TRL's."""
 
     input_type = "pt"
+    overlaps = True  # DDPO scores batch by batch in threads, whatever the reward carries
 
     def __init__(self, reward_function: DDPORewardFunction):
         self.reward_function = reward_function

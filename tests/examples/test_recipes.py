@@ -129,10 +129,7 @@ AUTHORS = {
     "full_finetuning": False,
 }
 # What the recipe leaves to the command line.
-REST = {
-    "sd35_geneval": ("--dataset_name", "prompts.jsonl", "--reward_funcs", "rewards.py:geneval"),
-    "sd35_pickscore": ("--dataset_name", "prompts.txt", "--reward_funcs", "rewards.py:pickscore"),
-}
+REST = {"sd35_pickscore": ("--dataset_name", "prompts.txt")}
 
 
 def read(name: str, *flags: str):
@@ -150,7 +147,7 @@ def kept_levels(args: DGPOConfig) -> int:
 
 
 def test_there_are_the_recipes_that_were_promised():
-    assert RECIPES.keys() == PUBLISHED.keys() | {"tiny_ocr", "tiny_gpo", "sd35_gpo"}
+    assert RECIPES.keys() == PUBLISHED.keys() | {"tiny_ocr", "tiny_ocr_jpeg", "tiny_gpo", "sd35_gpo"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -173,6 +170,7 @@ def test_rounds_and_levels_are_those_of_the_authors():
         "sd35_paper": 576,
         "sd35_gpo": 256,
         "tiny_ocr": 72,
+        "tiny_ocr_jpeg": 72,
         "tiny_gpo": 72,
     }
     # trunc_steps is the last index that is kept: 6 and 4.
@@ -198,10 +196,17 @@ def test_a_recipe_names_its_model_and_what_it_lacks(name):
     assert script.dataset_name
     assert script.reward_funcs
     if name in REST:
-        assert read(name)[0].reward_funcs is read(name)[0].dataset_name is None
+        assert read(name)[0].dataset_name is None
     assert args.output_dir.startswith("outputs/")
     outputs = [config(other).output_dir for other in RECIPES]
     assert len(set(outputs)) == len(outputs)
+
+
+def test_two_rewards_are_the_one_and_another():
+    alone, both = (read(name) for name in ("tiny_ocr", "tiny_ocr_jpeg"))
+    differing = {f.name for f in fields(alone[1]) if getattr(alone[1], f.name) != getattr(both[1], f.name)}
+    assert differing <= {"output_dir", "run_name", "reward_weights", "multi_objective_aggregation"}
+    assert len(both[0].reward_funcs) == len(both[1].reward_weights) == 2
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("sd35")])

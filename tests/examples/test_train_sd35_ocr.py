@@ -59,7 +59,7 @@ def test_ctrl_c_saves_what_was_learned(example, monkeypatch, tmp_path, capsys):
 
     def interrupted(self, *args, **kwargs):
         calls.append(self)
-        if len(calls) == 4:  # the pictures and the evaluation at the start, the first round, then the second
+        if len(calls) == 5:  # the self-test, pictures and evaluation at the start, the first round, then the second
             raise KeyboardInterrupt
         return score(self, *args, **kwargs)
 

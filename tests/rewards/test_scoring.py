@@ -1,11 +1,18 @@
+import asyncio
+import contextvars
 import functools
+import re
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from trl_dgpo.rewards.scoring import FailureWindow, RewardScorer, Scores
+from trl_dgpo.rewards.scoring import ConstantWatch, FailureWindow, RewardScorer, Scores
 
 
 NAN, INF = float("nan"), float("inf")
@@ -200,8 +207,9 @@ def test_wrong_results_in_a_retry_are_raised():
         score(reward)
 
 
+@pytest.mark.parametrize("timeout", [None, 60.0])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ImportError("no OCR engine")])
-def test_what_is_not_the_images_fault_is_raised_at_once(error):
+def test_what_is_not_the_images_fault_is_raised_at_once(error, timeout):
     calls = []
 
     def reward(**kwargs):
@@ -209,7 +217,7 @@ def test_what_is_not_the_images_fault_is_raised_at_once(error):
         raise error
 
     with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else ImportError):
-        score(reward)
+        RewardScorer(reward, timeout=timeout)(IMAGES, PROMPTS, {})
     assert len(calls) == 1
 
 
@@ -383,3 +391,525 @@ def test_scores_of_batches_are_the_scores_of_one():
     assert parts.by_name.keys() == whole.by_name.keys()
     assert parts.extra == whole.extra == {"prompt_again": PROMPTS}
     assert parts.metrics == {"first": [0.0, 1.0]}
+
+
+# -- asynchronous rewards
+
+
+def asynchronous(reward):
+    """The same reward as an `async def`."""
+
+    @functools.wraps(reward)
+    async def call(**kwargs):
+        return reward(**kwargs)
+
+    return call
+
+
+class AsyncCallable:
+    async def __call__(self, prompts, scale=1, **kwargs):
+        return [scale * float(PROMPTS.index(prompt)) for prompt in prompts]
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_an_asynchronous_reward_is_awaited(timeout):
+    rewards = [
+        asynchronous(returns(0, 1, 2, 3)),
+        AsyncCallable(),
+        functools.partial(AsyncCallable(), scale=2),
+    ]
+    rewards[2].__name__ = "doubled"
+    scores = RewardScorer(rewards, timeout=timeout)(IMAGES, PROMPTS, {})
+    assert list(scores.by_name) == ["reward", "AsyncCallable", "doubled"]
+    assert same(scores.by_name["reward"], 0, 1, 2, 3)
+    assert same(scores.rewards, 0, 4, 8, 12)
+
+
+def test_asynchronous_rewards_run_beside_one_another_and_beside_the_others():
+    marks = {name: threading.Event() for name in ("first", "second", "computed")}
+
+    async def until(*names):
+        for _ in range(3000):
+            if all(marks[name].is_set() for name in names):
+                return
+            await asyncio.sleep(0.001)
+        raise TimeoutError(names)
+
+    async def first(**kwargs):
+        marks["first"].set()
+        await until("second", "computed")
+        return [1.0] * 4
+
+    def computes(**kwargs):
+        assert marks["first"].wait(3)
+        assert marks["second"].wait(3)
+        marks["computed"].set()
+        return [1.0] * 4
+
+    async def second(**kwargs):
+        marks["second"].set()
+        await until("first", "computed")
+        return [1.0] * 4
+
+    assert same(score([first, computes, second]).rewards, 3, 3, 3, 3)
+
+
+def test_asynchronous_rewards_share_one_loop_for_good():
+    loops = set()
+
+    async def reward(**kwargs):
+        loops.add((asyncio.get_running_loop(), threading.current_thread(), torch.is_grad_enabled()))
+        return [1.0] * 4
+
+    for _ in range(2):
+        score(reward)
+    [(loop, thread, has_gradients)] = loops
+    assert not has_gradients
+    assert loop.is_running()
+    assert thread.daemon
+
+
+def test_an_asynchronous_batch_that_raises_is_retried_image_by_image_at_once(caplog):
+    sizes, waiting = [], []
+
+    async def reward(prompts, log_metric, **kwargs):
+        sizes.append(len(prompts))
+        log_metric("calls", 1)
+        if len(prompts) == 1:
+            waiting.append(prompts)
+            while len(waiting) < 4:  # all four calls are under way
+                await asyncio.sleep(0.001)
+        if "three" in prompts:
+            raise OSError("broken picture")
+        return [1.0] * len(prompts)
+
+    scores = RewardScorer(reward, timeout=10.0)(IMAGES, PROMPTS, {})
+    assert same(scores.rewards, 1, 1, NAN, 1)
+    assert same(scores.failed, False, False, True, False)
+    assert sizes == [4, 1, 1, 1, 1]
+    assert scores.metrics == {"calls": [1.0] * 3}
+    assert "raised OSError('broken picture') for prompt 'three'; the image is masked" in caplog.text
+
+
+# -- how a reward is called
+
+
+@pytest.mark.parametrize("timeout", [None, INF, 60.0])
+@pytest.mark.parametrize("input_type", ["pil", "pt"])
+def test_without_gradients_outside_autocast_in_the_callers_context(timeout, input_type):
+    variable, threads = contextvars.ContextVar("variable"), []
+
+    def reward(images, **kwargs):
+        threads.append(threading.current_thread())
+        weight = torch.ones(3, 3, requires_grad=True)
+        product = weight @ weight
+        assert not product.requires_grad
+        assert product.dtype == torch.float32
+        assert variable.get() == "the caller's"
+        return [1.0] * 4
+
+    reward.input_type = input_type
+    variable.set("the caller's")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(RewardScorer(reward, timeout=timeout)(IMAGES, PROMPTS, {}).rewards, 1, 1, 1, 1)
+    [thread] = threads
+    assert (thread is threading.current_thread()) == (timeout in (None, INF))
+    assert thread is threading.current_thread() or (thread.daemon and not thread.is_alive())
+
+
+def test_an_attribute_of_what_a_partial_is_of():
+    def reward(images, **kwargs):
+        assert isinstance(images, torch.Tensor)
+        return [1.0] * 4
+
+    reward.input_type = "pt"
+    scorer = RewardScorer([functools.partial(reward, more=1), functools.partial(Callable())])
+    assert scorer.names == ["reward", "Callable"]
+    assert same(scorer(IMAGES, PROMPTS, {}).rewards, 2, 2, 2, 2)
+
+
+# -- the time limit
+
+
+@pytest.fixture
+def hang():
+    """Hangs until the test ends."""
+    end = threading.Event()
+    yield end.wait
+    end.set()
+
+
+LIMIT = 0.2
+
+
+@pytest.mark.parametrize("kind", ["in a thread", "asynchronous", "blocking its loop"])
+def test_a_call_that_hangs_has_failed_for_all_its_images(kind, hang, caplog):
+    calls, stopped = [], threading.Event()
+
+    def begun(log_metric):
+        calls.append(threading.current_thread())
+        log_metric("began", 1.0)
+
+    def sync(log_metric, **kwargs):
+        begun(log_metric)
+        hang()
+
+    async def asynchronously(log_metric, **kwargs):
+        begun(log_metric)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            stopped.set()
+            raise
+
+    async def blocking(log_metric, **kwargs):
+        begun(log_metric)
+        hang(3)
+
+    stuck = {"in a thread": sync, "asynchronous": asynchronously, "blocking its loop": blocking}[kind]
+    stuck.__name__ = "stuck"
+    start = time.monotonic()
+    scores = RewardScorer([stuck, returns(1, 2, 3, 4)], timeout=LIMIT)(IMAGES, PROMPTS, {})
+    assert LIMIT <= time.monotonic() - start < 2
+    assert same(scores.failed, True, True, True, True)
+    assert same(scores.rewards, NAN, NAN, NAN, NAN)
+    assert same(scores.by_name["reward"], 1, 2, 3, 4)
+    assert scores.metrics == {}
+    [thread] = calls  # not retried
+    assert thread.daemon
+    [record] = caplog.records
+    assert record.levelname == "ERROR"
+    assert "Reward `stuck` did not return within 0.2 seconds (`reward_timeout`) for a batch of 4" in record.message
+    assert kind != "asynchronous" or stopped.wait(3)
+
+
+def test_what_a_call_left_behind_does_later_is_not_read(caplog):
+    goes_on, done = threading.Event(), threading.Event()
+
+    def reward(log_metric, log_extra, **kwargs):
+        goes_on.wait(10)
+        log_metric("late", 1.0)
+        log_extra("late", list("abcd"))
+        done.set()
+        raise OSError("nobody asked")
+
+    scores = RewardScorer(reward, timeout=0.05)(IMAGES, PROMPTS, {})
+    [record] = caplog.records
+    goes_on.set()
+    assert done.wait(10)
+    assert (scores.metrics, scores.extra) == ({}, {})
+    assert scores.failed.all()
+    assert caplog.records == [record]
+
+
+@pytest.mark.parametrize(("is_async", "expected"), [(False, [1, 1, NAN, NAN]), (True, [1, 1, NAN, 1])])
+def test_an_image_that_hangs_in_a_retry(is_async, expected, hang, caplog):
+    calls = []
+
+    def known(prompts):
+        calls.append(prompts)
+        if len(prompts) > 1:
+            raise OSError("broken picture")
+
+    def sync(prompts, **kwargs):
+        known(prompts)
+        if prompts == ["three"]:
+            hang()
+        return [1.0]
+
+    async def asynchronously(prompts, **kwargs):
+        known(prompts)
+        if prompts == ["three"]:
+            await asyncio.sleep(60)
+        return [1.0]
+
+    start = time.monotonic()
+    scores = RewardScorer(asynchronously if is_async else sync, timeout=LIMIT)(IMAGES, PROMPTS, {})
+    assert time.monotonic() - start < 2
+    assert same(scores.rewards, *expected)
+    # No second image waits as long; those that ran already are read.
+    assert calls == [PROMPTS, *([prompt] for prompt in (PROMPTS if is_async else PROMPTS[:3]))]
+    assert caplog.text.count("did not return within") == 1
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_reward_is_given_up_for_the_rest_of_a_round(is_async, hang):
+    calls = []
+
+    def sync(**kwargs):
+        calls.append(1)
+        hang()
+
+    async def asynchronously(**kwargs):
+        calls.append(1)
+        await asyncio.sleep(60)
+
+    scorer = RewardScorer([asynchronously if is_async else sync, returns(1, 2, 3, 4)], timeout=LIMIT)
+    given_up = set()
+    for _ in range(3):
+        scores = scorer(IMAGES, PROMPTS, {}, given_up=given_up)
+        assert scores.failed.all()
+        assert same(scores.by_name["reward"], 1, 2, 3, 4)
+    assert len(calls) == 1
+    scorer(IMAGES, PROMPTS, {})  # another round
+    assert len(calls) == 2
+
+
+def test_a_time_out_of_the_rewards_own_is_an_error_like_any(caplog):
+    def reward(prompts, **kwargs):
+        if "two" in prompts:
+            raise TimeoutError("the server is slow")
+        return [1.0] * len(prompts)
+
+    for func in (reward, asynchronous(reward)):
+        assert same(RewardScorer(func, timeout=60.0)(IMAGES, PROMPTS, {}).rewards, 1, NAN, 1, 1)
+    assert "did not return" not in caplog.text
+
+
+SCRIPT = """
+import asyncio, time
+import torch
+from trl_dgpo.rewards.scoring import RewardScorer
+
+def sleeps(**kwargs):
+    time.sleep(60)
+
+async def waits(**kwargs):
+    await asyncio.sleep(60)
+
+scores = RewardScorer([sleeps, waits], timeout=0.1)(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), ["a"], {})
+print(scores.failed.tolist())
+"""
+
+
+def test_an_interpreter_ends_whatever_hangs():
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (0, "[True]\n")
+    assert "Exception" not in done.stderr
+    assert time.monotonic() - start < 50
+
+
+# -- in two parts
+
+
+def test_two_parts_give_what_one_call_gives():
+    def pil(images, prompts, log_metric, log_extra, **kwargs):
+        log_metric("pil", len(images))
+        log_extra("read", prompts)
+        return [0.1, None, NAN, None]
+
+    def pt(images, log_metric, **kwargs):
+        assert isinstance(images, torch.Tensor)
+        log_metric("pt", len(images))
+        return [0.2, 0.7, 1.0, None]
+
+    async def awaited(log_extra, **kwargs):
+        log_extra("answer", [*range(4)])
+        return [1e16, 0.3, 1.0, None]
+
+    def chosen(images, **kwargs):
+        return [0.3, None, INF, None]
+
+    pt.input_type = chosen.input_type = "pt"
+    chosen.overlaps = True
+    weights = [0.1, 0.7, 1.3, -2.0]
+    scorer = RewardScorer([pil, pt, awaited, functools.partial(chosen)], weights, timeout=60.0)
+    arriving, whole = scorer.split()
+    assert (arriving.names, arriving.weights) == (["pil", "awaited", "chosen"], [0.1, 1.3, -2.0])
+    assert (whole.names, whole.weights) == (["pt"], [0.7])
+    assert arriving.timeout == whole.timeout == 60.0
+    at_once = scorer(IMAGES, PROMPTS, {})
+    merged = scorer.merge([whole(IMAGES, PROMPTS, {}), arriving(IMAGES, PROMPTS, {})])
+    assert same(merged.rewards, *at_once.rewards.tolist())
+    assert same(merged.failed, *at_once.failed.tolist())
+    assert same(merged.failed, False, False, True, False)
+    assert list(merged.by_name) == list(at_once.by_name)
+    assert all(same(values, *at_once.by_name[name].tolist()) for name, values in merged.by_name.items())
+    assert (merged.metrics, merged.extra) == (at_once.metrics, at_once.extra)
+    assert merged.extra == {"read": PROMPTS, "answer": [0, 1, 2, 3]}
+
+
+def test_a_part_may_be_empty():
+    assert RewardScorer(returns(1)).split()[1] is None
+    assert RewardScorer(typed("pt")).split()[0] is None
+
+
+# -- the self-test
+
+ROW = {"prompt": "one", "text": "1"}
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_a_self_test_is_one_call_with_a_white_image(timeout):
+    calls = []
+
+    class Served(Callable):
+        def check(self):
+            calls.append("check")
+
+        def __call__(self, images, prompts, text, trainer_state, log_metric, log_extra, **kwargs):
+            [image] = images
+            calls.append((image.size, image.getextrema(), prompts, text, trainer_state, threading.current_thread()))
+            log_metric("called", 1)
+            log_extra("seen", ["?"])
+            return [None]
+
+    RewardScorer(Served(), timeout=timeout).self_test(ROW, 5, 6, trainer_state="state")
+    check, (*call, thread) = calls
+    assert check == "check"
+    assert call == [(6, 5), ((255, 255),) * 3, ["one"], ["1"], "state"]
+    assert (thread is threading.current_thread()) == (timeout is None)  # as in training
+
+
+def test_a_self_test_has_no_time_limit():
+    def slow(**kwargs):
+        time.sleep(0.1)
+        return [1.0]
+
+    RewardScorer([slow, asynchronous(returns(1))], timeout=0.01).self_test(ROW, 4, 4)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_broken_reward_fails_its_self_test(is_async):
+    def broken(**kwargs):
+        raise OSError("no such model")
+
+    with pytest.raises(
+        RuntimeError,
+        match=r"`broken` raised OSError\('no such model'\) in its self-test: one white image of 6x5 for the first "
+        "prompt, 'one'.*`reward_self_test=False`",
+    ) as raised:
+        RewardScorer(asynchronous(broken) if is_async else broken).self_test(ROW, 5, 6)
+    assert isinstance(raised.value.__cause__, OSError)
+
+
+def test_a_reward_whose_server_is_down_is_not_called():
+    class Served(Callable):
+        def check(self):
+            raise ConnectionError("nobody at localhost:8000")
+
+        def __call__(self, **kwargs):
+            raise AssertionError
+
+    with pytest.raises(RuntimeError, match=r"`Served` raised ConnectionError\('nobody at localhost:8000'\)"):
+        RewardScorer(Served()).self_test(ROW, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        ([1.0, 2.0], ValueError, "`reward` returned 2 values for 1 images"),
+        (["1"], TypeError, "`reward` returned '1' of type str"),
+        (ImportError("pip install it"), ImportError, "^pip install it"),
+    ],
+)
+def test_mistakes_in_a_self_test_are_the_usual_errors(output, error, message):
+    def reward(**kwargs):
+        if isinstance(output, Exception):
+            raise output
+        return output
+
+    with pytest.raises(error, match=message):
+        RewardScorer(reward).self_test(ROW, 4, 4)
+
+
+def test_a_column_that_is_missing_in_a_self_test():
+    def reward(answer, **kwargs):
+        return [1.0]
+
+    with pytest.raises(ValueError, match=r"needs \['answer'\]"):
+        RewardScorer(reward).self_test(ROW, 4, 4)
+
+
+@pytest.mark.parametrize(("value", "warns"), [(NAN, True), (INF, True), (None, False), (0.0, False)])
+def test_what_a_self_test_warns_of(value, warns, caplog):
+    RewardScorer(returns(value)).self_test(ROW, 4, 4)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warns
+    assert not warns or f"`reward` returned {value} in its self-test" in caplog.text
+
+
+# -- rewards that say nothing
+
+
+def warnings_of(caplog, *rounds):
+    """After which rounds a watch warns, given what a reward gave in each."""
+    watch, warned = ConstantWatch(), []
+    for number, values in enumerate(rounds):
+        caplog.clear()
+        watch.update({"varies": torch.tensor([0.0, 1.0]), "x": torch.tensor(values, dtype=torch.float64)})
+        warned += [number] * len(caplog.records)
+        assert not caplog.records or f"Reward `x` gave {values[0]} to every image of the last 3 rounds" in caplog.text
+    return warned
+
+
+@pytest.mark.parametrize(
+    ("rounds", "warned"),
+    [
+        ([[0.0, 0.0]] * 2, []),
+        ([[0.0, 0.0]] * 3, [2]),
+        ([[0.0, 0.0]] * 7, [2]),  # once
+        ([[0.0, NAN], [0.0, 0.0], [0.0, 0.0]], [2]),  # of those that are valid
+        ([[0.0, 0.0]] * 2 + [[0.0, 1.0]] + [[0.0, 0.0]] * 2, []),
+        ([[0.0, 0.0]] * 4 + [[0.0, 1.0]] + [[0.0, 0.0]] * 3, [2, 7]),  # again when it has varied
+        ([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]], []),  # one and the same number
+        ([[0.0, 0.0]] * 3 + [[1.0, 1.0]] * 3, [2, 5]),
+        ([[0.0, 0.0], [NAN, NAN], [0.0, 0.0]], []),  # a round without it neither counts
+        ([[0.0, 0.0], [NAN, NAN], [0.0, 0.0], [0.0, 0.0]], [3]),  # nor ends anything
+    ],
+)
+def test_a_constant_reward_is_told_once(rounds, warned, caplog):
+    assert warnings_of(caplog, *rounds) == warned
+
+
+# -- the table of faults: what one reward's fault costs a batch of four that another reward scores 1 each
+
+ONE, ALL = [1, 1, NAN, 1], [NAN] * 4
+
+
+def raises_for(*broken):
+    def fault(prompts, **kwargs):
+        if set(prompts) & set(broken):
+            raise OSError("broken")
+        return [0.0] * len(prompts)
+
+    return fault
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "rewards", "level", "message"),
+    [
+        (raises_for("three"), ONE, "WARNING", r"raised OSError\('broken'\) for prompt 'three'; the image is masked"),
+        (raises_for(*PROMPTS), ALL, "WARNING", r"raised OSError\('broken'\) for prompt 'four'; the image is masked"),
+        (returns(0, 0, NAN, 0), ONE, "WARNING", "returned nan for prompt 'three'; the image is masked"),
+        (returns(0, 0, INF, 0), ONE, "WARNING", "returned inf for prompt 'three'; the image is masked"),
+        (returns(0, 0, -INF, 0), ONE, "WARNING", "returned -inf for prompt 'three'; the image is masked"),
+        (returns(0, 0, None, 0), [1] * 4, None, None),
+        (lambda **kwargs: [0.0] * 3, ValueError, None, "returned 3 values for 4 images"),
+        (lambda **kwargs: "0000", TypeError, None, "returned str; it must return a list of 4 numbers"),
+        (lambda **kwargs: ["0"] * 4, TypeError, None, "returned '0' of type str"),
+        ("hangs", ALL, "ERROR", "did not return within 0.2 seconds .* the images are masked"),
+    ],
+)
+def test_faults(fault, rewards, level, message, is_async, hang, caplog):
+    if fault == "hangs":
+
+        async def fault(**kwargs):
+            await asyncio.sleep(60)
+
+        fault = fault if is_async else lambda **kwargs: hang()
+    elif is_async:
+        fault = asynchronous(fault)
+    fault.__name__ = "fault"
+    scorer = RewardScorer([fault, returns(1, 1, 1, 1)], timeout=LIMIT if message and "0.2" in message else 60.0)
+    if isinstance(rewards, type):
+        with pytest.raises(rewards, match=f"`fault` {message}"):
+            scorer(IMAGES, PROMPTS, {})
+        assert not caplog.records
+        return
+    scores = scorer(IMAGES, PROMPTS, {})
+    assert same(scores.rewards, *rewards)
+    assert scores.failed.tolist() == [value != 1 for value in rewards]
+    assert {record.levelname for record in caplog.records} == ({level} if level else set())
+    assert message is None or re.search(f"Reward `fault` {message}", caplog.text)

@@ -1,11 +1,15 @@
 """Base of the rewards that carry a model of their own."""
 
-from collections.abc import Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from .scoring import RewardOutputError
 
 
 class ModelReward:
@@ -26,7 +30,7 @@ class ModelReward:
             Keep the model on the CPU between calls: a round then pays two copies for the memory that training gets.
 
     Raises:
-        `ValueError`: if `batch_size` is below 1.
+        `ValueError`: if `batch_size` is below 1; when called, if the model cannot be loaded.
     """
 
     input_type = "pt"
@@ -56,7 +60,7 @@ class ModelReward:
         if not pictures:
             return []
         if self._model is None:
-            self._model = self._load().requires_grad_(False).eval()
+            self._model = self._loaded()
         device = torch.device(self.device or default_device())
         model = self._model.to(device)
         try:
@@ -69,6 +73,15 @@ class ModelReward:
     def __getstate__(self) -> dict[str, Any]:
         # Weights do not travel: the copy loads its own.
         return self.__dict__ | {"_model": None}
+
+    def _loaded(self) -> nn.Module:
+        try:
+            return self._load().requires_grad_(False).eval()
+        except ImportError:
+            raise
+        except Exception as error:  # no image is to blame: loading it again for each would only take time
+            name = getattr(self, "__name__", type(self).__name__)
+            raise RewardOutputError(f"The model of reward `{name}` cannot be loaded: {error}") from error
 
     def _load(self) -> nn.Module:
         """The model, on the CPU or wherever it was made."""
@@ -99,7 +112,105 @@ def as_pictures(images: "Tensor | Sequence[Image.Image]") -> list[Image.Image]:
 
     Returns:
         `list[PIL.Image.Image]`.
+
+    Raises:
+        `ValueError`: if the tensor is of another dtype or shape.
     """
     if isinstance(images, Tensor):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"The images are {images.dtype} of shape {tuple(images.shape)}; they must be uint8 and (B, 3, H, W)."
+            )
         return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
     return [image.convert("RGB") for image in images]
+
+
+def read_checkpoint(source: str, filename: str) -> dict[str, Any]:
+    """
+    What a `torch.save`d file of tensors holds. Nothing in it is run.
+
+    Args:
+        source (`str`):
+            The file, a folder that has it, or the Hub id of a repository that has it.
+        filename (`str`):
+            Its name in the folder or repository.
+
+    Returns:
+        `dict`.
+
+    Raises:
+        `FileNotFoundError`: if the folder lacks the file.
+        `ValueError`: if the file holds more than tensors in plain containers.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / filename
+        if not path.is_file():
+            raise FileNotFoundError(f"The folder {source!r} has no {filename!r}; give the file's own path.")
+    elif not path.is_file():
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(source, filename))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not a file of tensors alone, and what else is in it would be run by loading it. Save its "
+            "tensors again with `torch.save` where you trust it, and give that file."
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}; it must hold a dict of tensors.")
+    return checkpoint
+
+
+def build(make: Callable[[], nn.Module], weights: dict[str, Tensor], source: str) -> nn.Module:
+    """
+    A module with given weights in float32: exactly its own, none missing and none over. None are drawn before.
+
+    Args:
+        make (callable):
+            Returns the module.
+        weights (`dict[str, torch.Tensor]`):
+            Its state dict.
+        source (`str`):
+            Where they are from, for the error.
+
+    Returns:
+        `torch.nn.Module`.
+
+    Raises:
+        `ValueError`: if the weights are not the module's; it names those missing, over and of another shape.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        module = make()
+    try:
+        module.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"The weights in {source!r} are not those of this reward's model. {error}") from error
+    return module
+
+
+def renamed(name: str, beginnings: dict[str, str], parts: dict[str, str]) -> str:
+    """
+    A weight's name in another library.
+
+    Args:
+        name (`str`):
+            Its name.
+        beginnings (`dict[str, str]`):
+            Beginnings and what they become; the first that fits counts.
+        parts (`dict[str, str]`):
+            Parts anywhere in the name and what they become.
+
+    Returns:
+        `str`.
+    """
+    for old, new in beginnings.items():
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
+    for old, new in parts.items():
+        name = name.replace(old, new)
+    return name

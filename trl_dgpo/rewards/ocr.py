@@ -33,7 +33,7 @@ _RECOGNITION_BATCH = 32
 _QUOTED = re.compile(r"\"([^\"]*)\"|“([^”]*)”")
 
 
-def text_accuracy(recognised: str, target: str) -> float:
+def text_accuracy(recognised: str, target: str, *, penalize_extra: bool = False) -> float:
     r"""
     Share of the target that was read: `1 - min(d, n) / n`, with `n` the target's length and `d` the Levenshtein
     distance, or 0 where the target is contained in what was read (Flow-GRPO, arXiv 2505.05470; used by DGPO, arXiv
@@ -42,14 +42,20 @@ def text_accuracy(recognised: str, target: str) -> float:
     Both sides are compared in NFKC form, case-folded and without spaces. The published code lower-cases only, so that
     full-width letters or ligatures count as errors there.
 
+    By that definition "SALESALESALE" is a perfect "SALE". With `penalize_extra` a contained target is no exception:
+    `d` counts every character beside it, and with as many as the target has nothing is left. Where the target is not
+    contained, both are the same number.
+
     Args:
         recognised (`str`):
             All text found in the picture.
         target (`str`):
             The text asked for.
+        penalize_extra (`bool`, *optional*, defaults to `False`):
+            Text beside the target costs too.
 
     Returns:
-        `float`: in [0, 1]; 1 means that the target is there.
+        `float`: in [0, 1]; 1 means that the target is there, and with `penalize_extra` nothing else.
 
     Raises:
         ValueError: `target` holds nothing but spaces.
@@ -57,7 +63,7 @@ def text_accuracy(recognised: str, target: str) -> float:
     recognised, target = _normalise(recognised), _normalise(target)
     if not target:
         raise ValueError("`target` is empty: there is no text whose share could be measured; leave such samples out.")
-    if target in recognised:
+    if target in recognised and not penalize_extra:
         return 1.0
     length = len(target)
     return 1.0 - min(_levenshtein(recognised, target), length) / length
@@ -76,6 +82,8 @@ class OCRReward:
             Dataset column with the text asked for. Without that column the first quoted span of the prompt is taken.
         exact_match (`bool`, *optional*, defaults to `False`):
             1 where what was read equals the target (spaces and case aside), else 0.
+        penalize_extra (`bool`, *optional*, defaults to `False`):
+            Text beside the target costs too, see [`text_accuracy`].
         recognition_only (`bool`, *optional*, defaults to `False`):
             Skip text detection and read each picture as one line: much faster, for small pictures of a single line
             only.
@@ -91,16 +99,21 @@ class OCRReward:
         *,
         target_column: str = "text",
         exact_match: bool = False,
+        penalize_extra: bool = False,
         recognition_only: bool = False,
         num_workers: int | None = None,
     ):
         if num_workers is not None and num_workers < 1:
             raise ValueError(f"`num_workers` is {num_workers}; it must be at least 1, or None for all cores.")
+        if exact_match and penalize_extra:
+            raise ValueError("`exact_match` allows no other text anyway; leave `penalize_extra` out.")
         self.target_column = target_column
         self.exact_match = exact_match
+        self.penalize_extra = penalize_extra
         self.recognition_only = recognition_only
         self.num_workers = num_workers or _default_workers()
-        self.__name__ = "ocr_exact_match" if exact_match else "ocr"
+        # Another number, another name: both can be logged beside the reward itself.
+        self.__name__ = "ocr_exact_match" if exact_match else "ocr_penalize_extra" if penalize_extra else "ocr"
         self._engines: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -157,7 +170,7 @@ class OCRReward:
     def _score(self, recognised: str, target: str) -> float:
         if self.exact_match:
             return float(_matches(recognised, target))
-        return text_accuracy(recognised, target)
+        return text_accuracy(recognised, target, penalize_extra=self.penalize_extra)
 
     def _read_isolated(self, images: "Sequence[Image]") -> list[str | Exception]:
         if not images:
@@ -217,9 +230,8 @@ def _build_engine(profile: str) -> Any:
             "Rec.rec_batch_num": _RECOGNITION_BATCH,
         }
     engine = RapidOCR(params=params)
-    engine(
-        np.full((_LINE_HEIGHT, 2 * _LINE_HEIGHT, 3), 255, dtype=np.uint8)
-    )  # the models are loaded by the first call
+    blank = np.full((_LINE_HEIGHT, 2 * _LINE_HEIGHT, 3), 255, dtype=np.uint8)
+    engine(blank)  # the models are loaded by the first call
     return engine
 
 

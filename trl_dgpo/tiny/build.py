@@ -44,7 +44,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from trl_dgpo.prompts import _SIGN_LETTERS, _SIGN_WORDS, tiny_ocr_prompts
+from trl_dgpo.prompts.text import _SIGN_LETTERS, _SIGN_WORDS, tiny_ocr_prompts
 from trl_dgpo.rewards import OCRReward
 
 

@@ -32,6 +32,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 from trl.trainer.base_config import _BaseConfig
@@ -122,7 +123,9 @@ class DiffusionTrainer(_BaseTrainer):
             args = copy.copy(args)  # the caller's may serve another trainer
             args.eval_on_start = False
         self.scorer = scorer
-        self.eval_scorer = scorer if eval_reward_funcs is None else RewardScorer(eval_reward_funcs)
+        self.eval_scorer = (
+            scorer if eval_reward_funcs is None else RewardScorer(eval_reward_funcs, timeout=args.reward_timeout)
+        )
         for name, dataset in _named(eval_dataset).items():
             self.eval_scorer.check(dataset_columns(name, dataset), REWARD_CONTEXT)
         _check_best_metric(args, eval_dataset)
@@ -131,8 +134,10 @@ class DiffusionTrainer(_BaseTrainer):
                 "`precompute_prompt_embeds` encodes every prompt before training, and `train_dataset` gives them only "
                 "as it goes on. Turn that off, or give a `datasets.Dataset`."
             )
+        if args.reward_self_test:
+            self._test_rewards(args, train_dataset, eval_dataset)
 
-        set_seed(args.seed)  # before the adapter draws its start
+        set_seed(args.seed)  # before the adapter draws its start, and after rewards may have drawn something
         start = self._load(model, args, quantization_config)
         self._latent_shape = self.backbone.latent_shape(args.height, args.width)
         peft_config = self._adapter_config(args, peft_config, start)
@@ -345,9 +350,16 @@ class DiffusionTrainer(_BaseTrainer):
                 images = OnTheWay.send(self.backbone.decode(clean))
             yield rows, clean.float(), images
 
-    def _score(self, scorer: RewardScorer, images: Tensor, rows: list[dict]) -> Scores:
+    def _test_rewards(self, args: DGPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
+        tested = {self.scorer: [train_dataset]}  # once, where evaluation has the same
+        tested.setdefault(self.eval_scorer, []).extend(_named(eval_dataset).values())
+        for scorer, datasets in tested.items():
+            if rows := [row for dataset in datasets for row in _first_rows(dataset, 1)]:
+                scorer.self_test(rows[0], args.height, args.width, trainer_state=TrainerState())
+
+    def _score(self, scorer: RewardScorer, images: Tensor, rows: list[dict], **options) -> Scores:
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        return scorer(images, [row["prompt"] for row in rows], columns, trainer_state=self.state)
+        return scorer(images, [row["prompt"] for row in rows], columns, trainer_state=self.state, **options)
 
     def _gather(self, values: Tensor) -> Tensor:
         # One process keeps its float64, which not every device has.

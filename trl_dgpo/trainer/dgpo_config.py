@@ -85,9 +85,18 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
 
         async_reward_computation (`bool`, *optional*, defaults to `False`):
             Score each sub-batch of `sample_batch_size` images in a thread while the next one is sampled. Rewards must
-            then look at each image alone and be safe to call from several threads.
+            then look at each image alone and be safe to call from several threads. Those with `input_type = "pt"`,
+            which carry a model, are still called once for the whole round.
         max_workers (`int`, *optional*, defaults to `2`):
             Threads of `async_reward_computation`.
+        reward_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds that a call of a reward may take. One that takes longer has failed for all its images, which are
+            masked, and its thread is left behind. With several processes `ddp_timeout` must be longer. `inf` for no
+            limit; rewards are then called in the trainer's own thread, which some insist on.
+        reward_self_test (`bool`, *optional*, defaults to `True`):
+            Call every reward once before the model is loaded, with a white image and the first row of its data set, so
+            that a broken one is found at once. To a reward that keeps count this is one more call. Prompts of a
+            `prompt_function` are not drawn for it: there is no test.
 
         > Parameters that control the objective
 
@@ -112,6 +121,12 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             Restore the advantages' sum of 0 where that bound acted.
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function, 1 each if not set.
+        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            How several rewards become one. `"sum_then_normalize"`: the weighted sum, of which advantages are made.
+            `"normalize_then_sum"`: each is first divided by its own deviation within the group, so that the weights
+            decide and not the units (GDPO, [2601.05242](https://huggingface.co/papers/2601.05242)); GDPO and TRL then
+            normalise over the batch, which is `scale_rewards="batch"` here. See
+            [`~trl_dgpo.advantages.normalize_then_sum`]. `reward` in the log is the weighted sum in either case.
         reference (`str`, *optional*, defaults to `"frozen"`):
             What the preference is measured against: `"frozen"` (the model before training), `"old"` (the old policy)
             or `"refreshed"` (the policy at the round's start, as in GPO).
@@ -286,6 +301,12 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         default=False, metadata={"help": "Score each sub-batch in a thread while the next one is sampled."}
     )
     max_workers: int = field(default=2, metadata={"help": "Threads of `async_reward_computation`."})
+    reward_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds that a call of a reward may take. inf for no limit."}
+    )
+    reward_self_test: bool = field(
+        default=True, metadata={"help": "Call every reward once with a white image before the model is loaded."}
+    )
 
     # Parameters that control the objective
     beta: float = field(
@@ -304,6 +325,13 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         default=False, metadata={"help": "Restore the advantages' sum of 0 where that bound acted."}
     )
     reward_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each reward, 1 if not set."})
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={
+            "help": "How several rewards become one.",
+            "choices": ["sum_then_normalize", "normalize_then_sum"],
+        },
+    )
     reference: str = field(
         default="frozen",
         metadata={"help": "What the preference is measured against.", "choices": ["frozen", "old", "refreshed"]},
@@ -436,6 +464,11 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, str(self.scale_rewards).lower())
         self.scale_rewards = {"true": "group", "false": "none"}.get(self.scale_rewards, self.scale_rewards)
         _check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none", "sign"))
+        _check_choice(
+            "multi_objective_aggregation",
+            self.multi_objective_aggregation,
+            ("sum_then_normalize", "normalize_then_sum"),
+        )
         if not 0 <= self.t_min < 1:
             raise ValueError(
                 f"`t_min` is {self.t_min}; it is a level before the shift and must be in [0, 1). 0 trains on all "
@@ -486,6 +519,11 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        if not self.reward_timeout > 0:
+            raise ValueError(
+                f"`reward_timeout` is {self.reward_timeout}; it is a number of seconds and must be above 0, `inf` for "
+                "no limit."
+            )
         if self.num_log_images < 0:
             raise ValueError(f"`num_log_images` is {self.num_log_images}; it must be 0 (none) or more.")
         if self.old_policy_after is not None and self.old_policy_after < 0:

@@ -29,12 +29,12 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from ..advantages import group_advantages, zero_variance
+from ..advantages import group_advantages, normalize_then_sum, zero_variance
 from ..ddpo_compat import DDPOTrainerNames, modern_call
 from ..evaluation import nanstd
 from ..losses import GroupLoss, clip_errors, denoising_error, dgpo_loss, group_mean, group_scores
 from ..noising import continuous_levels, trainable_levels
-from ..rewards.scoring import FailureWindow, RewardFunc, RewardScorer, Scores
+from ..rewards.scoring import ConstantWatch, FailureWindow, RewardFunc, RewardScorer, Scores
 from ..rollout import GroupRolloutBuffer, Rollout, ScoredImages
 from ..sampler import GroupSampler, StreamSampler, local_rollouts
 from ..seeding import generator
@@ -93,9 +93,9 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         model (`str`, `os.PathLike` or `~diffusers.DiffusionPipeline`):
             Hub id, folder, `"tiny"` (the bundled model) or pipeline. A pipeline's transformer is changed in place.
         reward_funcs (callable or `list` of callables):
-            Rewards in TRL's keyword form: `f(prompts, completions, **kwargs) -> list[float | None]`, where
-            `completions`, also given as `images`, is a list of `PIL.Image` and each other column of the data set comes
-            by its name. `None` means not applicable, `NaN` failed: such an image is masked.
+            Rewards in TRL's keyword form: `f(prompts, completions, **kwargs) -> list[float | None]`, `async` or not,
+            where `completions`, also given as `images`, is a list of `PIL.Image` and each other column of the data set
+            comes by its name. `None` means not applicable, `NaN` failed: such an image is masked.
         args ([`DGPOConfig`], *optional*):
             Configuration.
         train_dataset (`datasets.Dataset` or other map-style data set):
@@ -174,7 +174,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             config_class=self._config_class,
         )
         args, train_dataset = call.args, call.train_dataset
-        scorer = RewardScorer(call.reward_funcs, args.reward_weights)
+        scorer = RewardScorer(call.reward_funcs, args.reward_weights, args.reward_timeout)
         scorer.check(dataset_columns("train_dataset", train_dataset), REWARD_CONTEXT)
         if is_stream(train_dataset):
             if args.max_steps <= 0:
@@ -189,7 +189,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             )
         self.buffer = GroupRolloutBuffer()
         self._work: deque[tuple[_Part, _Fixed, _MicroBatch, int]] = deque()
-        self._failures = FailureWindow()
+        self._failures, self._constants = FailureWindow(), ConstantWatch()
         super().__init__(
             model=call.model,
             args=args,
@@ -232,7 +232,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         super()._forget()
         self.buffer.clear()
         self._work.clear()
-        self._failures = FailureWindow()
+        self._failures, self._constants = FailureWindow(), ConstantWatch()
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -499,14 +499,19 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         self._failures.update(self._gather(scores.failed))
         if rewards.isnan().all():
             logger.warning("No reward applies to any image of round %d: nothing is learned from it.", round)
+        by_name = {name: self._gather(values) for name, values in scores.by_name.items()}
+        if self.is_world_process_zero():
+            self._constants.update(by_name)
+        weighed = self._weighed(rewards, by_name, group_index)
         advantages = group_advantages(
-            rewards,
+            weighed,
             group_index,
             scale=args.scale_rewards,
             clip=args.advantage_clip,
             recenter_clipped=args.recenter_clipped,
         )
-        self._log_rewards(rewards, group_index, advantages, {n: self._gather(v) for n, v in scores.by_name.items()})
+        frac_zero_std = zero_variance(weighed, group_index).float().mean().item()
+        self._log_rewards(rewards, group_index, frac_zero_std, advantages, by_name)
         if taken := [name for name in scores.metrics if name in _OWN_METRICS or name.startswith(_OWN_PREFIXES)]:
             raise ValueError(f"A reward logs {taken} by `log_metric`, which are the trainer's own names. Rename them.")
         for name, values in scores.metrics.items():
@@ -547,31 +552,39 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             guidance_scale=args.sample_guidance_scale,
             step_noise=self._step_noise(round, keys) if args.sampler == "sde" else None,
         )
+        # What carries a model is called once, for the whole round; what only needs a CPU, or waits, as images arrive.
+        arriving, whole = self.scorer.split() if args.async_reward_computation else (None, self.scorer)
+        given_up: set[str] = set()
         x0, images = [], []
         # A thread begins on the first device, whichever this process has.
         on_device = (
             {"initializer": torch.cuda.set_device, "initargs": (args.device,)} if args.device.type == "cuda" else {}
         )
-        with ThreadPoolExecutor(args.max_workers, **on_device) as pool:
-            scoring = []
+        pool = ThreadPoolExecutor(args.max_workers, **on_device)
+        try:
+            scoring, scores = [], []
             with self.policy.using("old" if use_old else None, merged=self.merges_adapter):
                 for part, clean, pictures in sampled:
                     x0.append(clean)
                     images.append(pictures)
-                    if args.async_reward_computation:
-                        scoring.append(pool.submit(self._score_arriving, pictures, rows[part]))
+                    if arriving is not None:
+                        scoring.append(pool.submit(self._score_arriving, arriving, pictures, rows[part], given_up))
                         for failed in (job for job in scoring if job.done() and job.exception()):
                             failed.result()  # now, not when all is sampled
             self._stopwatch.start("reward")
             images = torch.cat([pictures.wait() for pictures in images])
-            if args.async_reward_computation:
-                scores = Scores.cat([job.result() for job in scoring])
-            else:
-                scores = self._score(self.scorer, images, rows)
-        return torch.cat(x0), images, scores
+            if whole is not None:
+                scores.append(self._score(whole, images, rows))
+            if arriving is not None:
+                scores.append(Scores.cat([job.result() for job in scoring]))
+        finally:
+            pool.shutdown(cancel_futures=True)  # where an exception leaves, what has not begun is dropped
+        return torch.cat(x0), images, self.scorer.merge(scores)
 
-    def _score_arriving(self, pictures: OnTheWay, rows: list[dict]) -> Scores:
-        return self._score(self.scorer, pictures.wait(), rows)
+    def _score_arriving(
+        self, scorer: RewardScorer, pictures: OnTheWay, rows: list[dict], given_up: set[str]
+    ) -> Scores:
+        return self._score(scorer, pictures.wait(), rows, given_up=given_up)
 
     def _show(self, scored: ScoredImages) -> None:
         for callback in self.callback_handler.callbacks:
@@ -592,11 +605,26 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             [torch.randn(self._latent_shape, generator=generator(self.args.seed, *stream, *key)) for key in keys]
         )
 
-    def _log_rewards(self, rewards: Tensor, groups: Tensor, advantages: Tensor, by_name: dict[str, Tensor]) -> None:
+    def _weighed(self, rewards: Tensor, by_name: dict[str, Tensor], group_index: Tensor) -> Tensor:
+        """What advantages are made of: the rewards' weighted sum, or that of their normalised values."""
+        if self.args.multi_objective_aggregation == "sum_then_normalize":
+            return rewards
+        return normalize_then_sum(
+            torch.stack([*by_name.values()]), self.scorer.weights, group_index, valid=~rewards.isnan()
+        )
+
+    def _log_rewards(
+        self,
+        rewards: Tensor,
+        groups: Tensor,
+        frac_zero_std: float,
+        advantages: Tensor,
+        by_name: dict[str, Tensor],
+    ) -> None:
         spread = [nanstd(rewards[groups == group]) for group in groups.unique()]
         self._metrics["reward"].append(rewards.nanmean().item())
         self._metrics["reward_std"].append(torch.tensor(spread).nanmean().item())
-        self._metrics["frac_reward_zero_std"].append(zero_variance(rewards, groups).float().mean().item())
+        self._metrics["frac_reward_zero_std"].append(frac_zero_std)
         self._metrics["rewards_failed"].append(int(rewards.isnan().sum()))
         for name, values in by_name.items():
             self._metrics[f"rewards/{name}/mean"].append(values.nanmean().item())

@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .rewards.scoring import Scores
-from .seeding import generator
+from ..rewards.scoring import Scores
+from ..seeding import generator
 
 
 def evaluation_latents(prompts: list[str], num_images: int, shape: tuple[int, ...]) -> Tensor:

@@ -1,8 +1,8 @@
 """
-Prompt sets: generators of prompts for pictures with text, as rows with the columns `prompt` and `text`.
+Prompts for pictures with text, as rows with the columns `prompt` and `text`.
 
-A set is a pure function of its arguments. "train" and "test" share no content word and no code: a word belongs to one
-of them by a hash of its letters, whatever the seed, the number of prompts or the order of the lists.
+"train" and "test" share no content word and no code: a word belongs to one of them by a hash of its letters, whatever
+the seed, the number of prompts or the order of the lists.
 """
 
 import hashlib
@@ -17,9 +17,12 @@ _DIGIT_SHARE = 0.2
 _UPPER_SHARE = 0.4
 _WORD_SHARE = 1 / 3
 _MAX_PROMPTS = 20_000
+_DEFAULT_PROMPTS = {"train": _MAX_PROMPTS, "test": 256}
 
 
-def ocr_prompts(split: Literal["train", "test"], num_prompts: int, seed: int = 0) -> list[dict[str, str]]:
+def ocr_prompts(
+    split: Literal["train", "test"], num_prompts: int | None = None, seed: int = 0
+) -> list[dict[str, str]]:
     """
     Scenes with a quoted phrase to be drawn, for models of the size of SD3.5.
 
@@ -29,8 +32,8 @@ def ocr_prompts(split: Literal["train", "test"], num_prompts: int, seed: int = 0
     Args:
         split (`str`):
             `"train"` or `"test"`.
-        num_prompts (`int`):
-            Number of rows, at most 20 000.
+        num_prompts (`int`, *optional*):
+            Number of rows, at most 20 000. If not given, 20 000 of `"train"` and 256 of `"test"`.
         seed (`int`, *optional*, defaults to `0`):
             Another seed, another set.
 
@@ -40,7 +43,7 @@ def ocr_prompts(split: Literal["train", "test"], num_prompts: int, seed: int = 0
     Raises:
         ValueError: an unknown split, or a number of prompts outside 1 to 20 000.
     """
-    rng = _split_rng("ocr", split, num_prompts, seed)
+    num_prompts, rng = _number_and_rng("ocr", split, num_prompts, seed)
     nouns, adjectives, verbs, numbers = (
         [word for word in words if _split_of(word) == split]
         for words in (_NOUNS.split(), _ADJECTIVES.split(), _VERBS.split(), map(str, range(10, 2000)))
@@ -62,7 +65,9 @@ def ocr_prompts(split: Literal["train", "test"], num_prompts: int, seed: int = 0
     return [{"prompt": rng.choice(_SCENES).format(text=text), "text": text} for text in texts]
 
 
-def tiny_ocr_prompts(split: Literal["train", "test"], num_prompts: int, seed: int = 0) -> list[dict[str, str]]:
+def tiny_ocr_prompts(
+    split: Literal["train", "test"], num_prompts: int | None = None, seed: int = 0
+) -> list[dict[str, str]]:
     """
     Prompts of the bundled tiny model: four capital letters on a sign.
 
@@ -72,8 +77,8 @@ def tiny_ocr_prompts(split: Literal["train", "test"], num_prompts: int, seed: in
     Args:
         split (`str`):
             `"train"` or `"test"`.
-        num_prompts (`int`):
-            Number of rows, at most 20 000.
+        num_prompts (`int`, *optional*):
+            Number of rows, at most 20 000. If not given, 20 000 of `"train"` and 256 of `"test"`.
         seed (`int`, *optional*, defaults to `0`):
             Another seed, another set.
 
@@ -83,7 +88,7 @@ def tiny_ocr_prompts(split: Literal["train", "test"], num_prompts: int, seed: in
     Raises:
         ValueError: an unknown split, or a number of prompts outside 1 to 20 000.
     """
-    rng = _split_rng("tiny", split, num_prompts, seed)
+    num_prompts, rng = _number_and_rng("tiny", split, num_prompts, seed)
     words = [word for word in _SIGN_WORDS.split() if _split_of(word) == split]
     words = rng.sample(words, min(len(words), int(num_prompts * _WORD_SHARE)))
 
@@ -98,12 +103,14 @@ def tiny_ocr_prompts(split: Literal["train", "test"], num_prompts: int, seed: in
     return [{"prompt": f'A sign that says "{text}"', "text": text} for text in texts]
 
 
-def _split_rng(kind: str, split: str, num_prompts: int, seed: int) -> random.Random:
-    if split not in ("train", "test"):
+def _number_and_rng(kind: str, split: str, num_prompts: int | None, seed: int) -> tuple[int, random.Random]:
+    if split not in _DEFAULT_PROMPTS:
         raise ValueError(f'`split` is {split!r}; it must be "train" or "test".')
+    if num_prompts is None:
+        num_prompts = _DEFAULT_PROMPTS[split]
     if not 1 <= num_prompts <= _MAX_PROMPTS:
         raise ValueError(f"`num_prompts` is {num_prompts}; it must be between 1 and {_MAX_PROMPTS}.")
-    return random.Random(f"{kind}/{split}/{seed}")  # strings are hashed the same way in every process
+    return num_prompts, random.Random(f"{kind}/{split}/{seed}")  # strings are hashed the same way in every process
 
 
 def _split_of(word: str) -> str:
