@@ -348,6 +348,32 @@ def test_train_then_evaluate_then_sample(recipe, capsys, tmp_path):
     assert next(entry["eval_reward"] for entry in logged) == pytest.approx(scores["after"], abs=1e-6)
 
 
+def test_a_recipe_of_two_weighted_rewards_is_evaluated_and_drawn(recipe, tmp_path):
+    rewards = str(tmp_path / "rewards.py") + ":brightness"
+    flags = [
+        "--config",
+        str(recipe),
+        "--reward_funcs",
+        rewards,
+        "jpeg-incompressibility",
+        "--reward_weights",
+        "2",
+        "3",
+    ]
+    output = tmp_path / "numbers.json"
+    assert main(["evaluate", *flags, "--output", str(output)]) == 0
+    weighted = json.loads(output.read_text())
+    bright, size = (weighted[f"eval_rewards/{name}/mean"] for name in ("brightness", "jpeg_incompressibility"))
+    assert weighted["eval_reward"] == pytest.approx(2 * bright + 3 * size)
+    # Evaluation's own rewards have no weights, as in training; drawing has no rewards at all.
+    own = ["--eval_reward_funcs", "jpeg-incompressibility"]
+    assert main(["evaluate", *flags, *own, "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["eval_reward"] == pytest.approx(500 * size)
+    assert main(["sample", *flags, "--prompts", "d", "--output", str(tmp_path / "drawn")]) == 0
+    suite = ["--suite", "ood", "--num_eval_prompts", "2", "--num_images", "1", "--rewards", rewards]
+    assert main(["evaluate", *flags, *suite, "--output", str(tmp_path / "suite")]) == 0
+
+
 def pictures_of(folder: Path) -> torch.Tensor:
     files = sorted(folder.glob("images/*.png"))
     return torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files]).permute(0, 3, 1, 2)

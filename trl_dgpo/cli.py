@@ -364,8 +364,10 @@ def evaluate(argv: list[str]) -> int:
         with _users_mistakes():
             dataset = _dataset(script, "test")
             names = script.eval_reward_funcs or script.reward_funcs
-            # On the scale on which training measures them.
+            # On the scale, and with the weights, with which training measures them.
             rewards = _rewards(names, normalize=not script.eval_reward_funcs)
+            if script.eval_reward_funcs:
+                args.reward_weights = None
             output = None if script.output is None else _writable(Path(script.output))
             trainer = _build_still(script, args, model, scratch, dataset, rewards)
         metrics = trainer.evaluate()
@@ -434,7 +436,7 @@ def sample(argv: list[str]) -> int:
             from datasets import Dataset
 
             dataset = Dataset.from_dict({"prompt": script.prompts})
-            trainer = _build_still(script, args, model, scratch, dataset, _no_reward)
+            trainer = _build_still(script, args, model, scratch, dataset)
         if trainer.is_world_process_zero():
             _save_pictures(trainer.generate(script.prompts, num_images=script.num_images), script.prompts, folder)
         trainer.end()
@@ -595,11 +597,13 @@ def _build_still(
     model: ModelConfig,
     scratch: str,
     dataset: Any,
-    rewards: Any,
+    rewards: Any = None,
     pipeline: Any = None,
 ) -> DGPOTrainer:
     """A trainer that trains nothing: it loads the weights as training would and leaves the run's folder alone."""
     args.output_dir, args.push_to_hub, args.report_to, args.num_log_images = scratch, False, [], 0
+    if rewards is None:
+        rewards, args.reward_weights = _no_reward, None
     return _build(script, args, model, pipeline, train_dataset=dataset, eval_dataset=dataset, reward_funcs=rewards)
 
 
@@ -632,7 +636,7 @@ def _generating(
                 # They have acted.
                 args.model_init_kwargs, model.load_in_4bit, model.load_in_8bit = None, False, False
             prompts = Dataset.from_dict({"prompt": [""]})
-            trainer = _build_still(script, args, model, scratch, prompts, _no_reward, pipeline)
+            trainer = _build_still(script, args, model, scratch, prompts, pipeline=pipeline)
         yield trainer.generate  # not ended: that would part the processes, before the next model
 
 
