@@ -358,8 +358,8 @@ def test_every_distinct_prompt_is_encoded_once():
 def test_a_distinct_prompt_is_copied_to_the_device_once(monkeypatch):
     backbone = make_backbone()
     copied = []
-    to_device = backbone._to_device
-    monkeypatch.setattr(backbone, "_to_device", lambda t: copied.append(tuple(t.shape)) or to_device(t))
+    to_device = sd3.to_device
+    monkeypatch.setattr(sd3, "to_device", lambda t, device: copied.append(tuple(t.shape)) or to_device(t, device))
     conditioning = backbone.encode(["a", "b", "a", "a"])
     assert copied == [(2, 16 + LENGTH, 16), (2, 16), (4,)]  # two rows of each, and which row is whose
     for name, rows in conditioning.items():

@@ -147,3 +147,8 @@ def check_family(class_names: set[str], what: str) -> None:
     if not class_names & SUPPORTED_PIPELINES.keys():
         supported = "; ".join(f"{name} ({models})" for name, models in SUPPORTED_PIPELINES.items())
         raise ValueError(f"`model` is {what}, which is not supported. Supported: {supported}.")
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy for which the host does not wait until the device has done its work, as from pageable memory it would."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

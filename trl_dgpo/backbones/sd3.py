@@ -28,6 +28,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from .. import noising
+from . import to_device
 
 
 SAMPLERS = ("dpm", "euler", "sde")
@@ -176,11 +177,13 @@ class SD3Backbone:
         """
         distinct = list(dict.fromkeys(prompts))
         rows = self._rows(distinct)
-        conditioning = {name: self._to_device(torch.stack([row[name] for row in rows])) for name in CONDITIONING}
+        conditioning = {
+            name: to_device(torch.stack([row[name] for row in rows]), self.device) for name in CONDITIONING
+        }
         if len(distinct) == len(prompts):
             return conditioning
         number = {prompt: i for i, prompt in enumerate(distinct)}
-        index = self._to_device(torch.tensor([number[prompt] for prompt in prompts]))
+        index = to_device(torch.tensor([number[prompt] for prompt in prompts]), self.device)
         return {name: tensor.index_select(0, index) for name, tensor in conditioning.items()}
 
     @torch.no_grad()
@@ -480,11 +483,6 @@ class SD3Backbone:
                 parameter.data = data  # it was frozen, so it need not be copied back
             for module in moved:
                 module.to("cpu")  # buffers
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()  # from there the copy does not make the host wait
-        return tensor.to(self.device, non_blocking=tensor.is_pinned())
 
     def _guided(self, conditioning: dict[str, Tensor], num_latents: int, guidance_scale: float) -> dict[str, Tensor]:
         """The conditioning of a forward: doubled, negative rows first, where there is guidance."""

@@ -38,7 +38,7 @@ from transformers.utils import PushInProgress
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..backbones import access, load_backbone
+from ..backbones import access, load_backbone, to_device
 from ..callbacks import (
     CompletionsCallback,
     RewardProgressCallback,
@@ -887,11 +887,6 @@ def is_stream(dataset: Any) -> bool:
     # An iterator could be read but once, and a check would take its first row away.
     is_iterator = isinstance(dataset, Iterator)
     return isinstance(dataset, Iterable) and not hasattr(dataset, "__len__") and not is_iterator
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy for which the host does not wait until the device has done its work, as from pageable memory it would."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _named(dataset: Any, name: str = "eval_dataset") -> dict[str, Any]:

@@ -30,6 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from ..advantages import group_advantages, normalize_then_sum, zero_variance
+from ..backbones import to_device
 from ..ddpo_compat import DDPOTrainerNames, modern_call
 from ..evaluation import nanstd
 from ..losses import GroupLoss, clip_errors, denoising_error, dgpo_loss, group_mean, group_scores
@@ -45,7 +46,6 @@ from .base_trainer import (
     dataset_columns,
     evaluating,
     is_stream,
-    to_device,
 )
 from .dgpo_config import DGPOConfig
 
