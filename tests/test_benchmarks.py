@@ -179,11 +179,44 @@ def test_the_rewards_benchmark_runs(capsys, monkeypatch, tmp_path):
         *rewards.SIZES,
         *("OCR, 128 x 512", "waits", "waits, `async def`"),
         *("with detection", "recognition only"),
+        *rewards._COSTS,
     ]
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures.keys() == {"machine", "throughput", "overlap", "accuracy"}
+    assert figures.keys() == {"machine", "throughput", "overlap", "accuracy", "cost"}
     for seconds in figures["overlap"].values():
         assert 0 < seconds["sampling"][0] + seconds["scoring"][0] < seconds["in turn"][0]
+    assert all(min(row["seconds"]) > 0 for row in figures["cost"].values())
+
+
+@pytest.mark.parametrize(
+    ("model", "millions", "digits"),
+    [
+        ("clip_l", 427.6, 1),
+        ("clip_h", 986.1, 1),
+        ("blip", 446, 0),
+        ("mask2former", 68.7, 1),
+        ("rt_detr", 42.9, 1),
+        ("yolos", 6.5, 1),
+    ],
+)
+def test_rewards_are_timed_at_the_published_sizes(model, millions, digits):
+    with torch.device("meta"):
+        number = rewards.count_parameters(getattr(rewards, model)())
+    assert round(number / 1e6, digits) == millions
+
+
+def test_what_is_timed_finds_what_its_row_says():
+    found = rewards.find_instances(*rewards._ten_instances(), (512, 512), threshold=0.3)
+    assert len(found.scores) == len({tuple(box) for box in found.boxes.tolist()}) == 10
+    model = rewards._colours(quick=True)
+    seen = []
+    model["colours"].clip.preprocess = lambda pictures: (
+        seen.extend(pictures) or torch.zeros(len(pictures), 3, 224, 224)
+    )
+    reward = rewards.get_reward("geneval")
+    reward._load = lambda: model
+    reward(["a red car"], [rewards.draw("TAXI", (512, 512))], **rewards._task(color="red"))
+    assert len(seen) == 1
 
 
 def assert_read(recognition_only: bool, side: int, texts: tuple[str, ...]) -> None:

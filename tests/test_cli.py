@@ -492,13 +492,16 @@ def test_a_lora_of_either_format_goes_onto_the_base_that_is_given(recipe, pipeli
     [
         (["--suite", "genval"], "There is no suite 'genval'; there are geneval, ocr"),
         (["--suite", "geneval", "--num_eval_prompts", "554"], "554"),
-        (["--lora", "x/y"], "`lora` act with a suite alone. Give --suite"),
-        (["--rewards", "ocr", "--num_images", "2"], "`rewards`, `num_images` act with a suite alone"),
+        (["--lora", "x/y"], "Only a suite makes use of `lora`. Give --suite"),
+        (["--rewards", "ocr", "--num_images", "2"], "Only a suite makes use of `rewards`, `num_images`"),
         (["--suite", "ocr", "--lora", "/no/where"], "`lora` has '/no/where', which does not exist"),
         (["--suite", "ocr", "--lora", "x/y", "--full_finetuning", "true"], "`full_finetuning` is set"),
         (["--suite", "ocr", "--num_images", "0"], "1018 prompts of 0 images"),
         (["--suite", "ood", "--rewards", "counting"], "`counting` cannot be measured here"),
-        (["--suite", "tiny-ocr", "--rewards", "math:sqrt"], "must take `..kwargs`"),
+        (["--suite", "tiny-ocr", "--rewards", "math:sqrt"], "rewards are called by keyword"),
+        (["--suite", "ocr", "--reward_funcs", "ocr"], r"`reward_funcs` cannot act with --suite.* Give --rewards"),
+        (["--suite", "ocr", "--output", "recipe.yaml"], "'recipe.yaml' is a file, and a folder is wanted there"),
+        (["--output", "."], "'.' is a folder; give a file's name"),
         (["--suite", "tiny-ocr", "--model", "/no/where"], "'/no/where' does not exist"),
     ],
 )
@@ -507,6 +510,21 @@ def test_a_mistake_in_a_suite_is_one_line(recipe, capsys, monkeypatch, tmp_path,
     if "--rewards" not in flags and "--suite" in flags:
         flags = [*flags, "--rewards", "rewards.py:brightness"]
     assert re.search(message, error(capsys, "evaluate", "--config", recipe, *flags))
+
+
+def test_ctrl_c_has_its_exit_code(recipe, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse", interrupt)
+    assert main(["evaluate", "--config", str(recipe)]) == 130
+    assert capsys.readouterr().err == "trl-dgpo evaluate: interrupted\n"
+
+
+def test_a_reward_that_raises_is_told_in_one_line(recipe, capsys):
+    (recipe.parent / "broken.py").write_text("def broken(images, **kwargs): return 1 / 0")
+    flags = ["--reward_funcs", f"{recipe.parent}/broken.py:broken", "--reward_self_test", "true"]
+    assert "Reward `broken` raised ZeroDivisionError" in error(capsys, "train", "--config", recipe, *flags)
 
 
 def test_a_reward_that_cannot_be_asked_is_told_before_anything_is_drawn(recipe, pipeline_folder, capsys, monkeypatch):

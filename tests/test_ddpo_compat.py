@@ -759,6 +759,18 @@ def test_from_ddpo_wants_a_function():
         from_ddpo(1)
 
 
+def test_a_ddpo_reward_is_asked_whether_it_can_be_called():
+    class Served:
+        def __call__(self, images, prompts, prompt_metadata):
+            return images.mean((1, 2, 3)), {}
+
+        def check(self):
+            raise ConnectionError("nobody there")
+
+    with pytest.raises(RuntimeError, match="nobody there"):
+        RewardScorer(from_ddpo(Served())).self_test(None, 8, 8)
+
+
 def test_there_and_back_is_the_same():
     def brightness(completions, n, log_extra, **kwargs):
         log_extra("seen", list(n))

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from .trainer.dgpo_trainer import DGPOTrainer
 
 TRAINERS = ("dgpo", "gpo")
+_NOT_OF_A_SUITE = {
+    *("dataset_name", "dataset_config", "dataset_test_split", "eval_dataset_name"),
+    *("reward_funcs", "eval_reward_funcs", "reward_weights", "eval_num_images"),
+}
 
 
 @dataclass
@@ -179,7 +183,7 @@ class EvaluateArguments(DGPOScriptArguments):
                 setattr(self, name, [value])
         idle = [f"`{name}`" for name in ("lora", "rewards", "num_images") if getattr(self, name) is not None]
         if self.suite is None and idle:
-            raise ValueError(f"{', '.join(idle)} act with a suite alone. Give --suite.")
+            raise ValueError(f"Only a suite makes use of {', '.join(idle)}. Give --suite.")
 
 
 @dataclass
@@ -249,6 +253,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"trl-dgpo {command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"trl-dgpo {command}: interrupted", file=sys.stderr)
+        return 130
 
 
 def make_parser(
@@ -358,6 +365,13 @@ def evaluate(argv: list[str]) -> int:
     """`trl-dgpo evaluate`: the numbers of training's own evaluation, or of a suite, under the same noise."""
     with _users_mistakes():
         script, args, model = parse(argv, EvaluateArguments, "evaluate")
+        # A recipe has them for training; who types them means something.
+        idle = {_flag(word) for word in argv} & _NOT_OF_A_SUITE
+        if script.suite is not None and idle:
+            raise ValueError(
+                f"{', '.join(f'`{name}`' for name in sorted(idle))} cannot act with --suite, which has prompts and "
+                "rewards of its own. Give --rewards, --num_images and --num_eval_prompts."
+            )
     if script.suite is not None:
         return _evaluate_suite(script, args, model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -383,12 +397,11 @@ def evaluate(argv: list[str]) -> int:
 def _evaluate_suite(script: EvaluateArguments, args: DGPOConfig, model: ModelConfig) -> int:
     with _users_mistakes():
         from accelerate import PartialState
-        from transformers import TrainerState
+        from trl import get_quantization_config
 
         from .evaluation.comparison import as_text, table
-        from .evaluation.models import image_settings, labelled, model_record
+        from .evaluation.models import check_models, image_settings, labelled, model_record, reward_record
         from .evaluation.suites import BASE, SUITES, SuiteEvaluation, suite_rows
-        from .rewards.scoring import RewardScorer
 
         rows = suite_rows(script.suite, script.num_eval_prompts)
         suite = SUITES[script.suite]
@@ -396,6 +409,11 @@ def _evaluate_suite(script: EvaluateArguments, args: DGPOConfig, model: ModelCon
         loras = labelled(script.lora or [], taken=BASE)
         if loras and args.full_finetuning:
             raise ValueError("`full_finetuning` is set, which has no LoRA, and `lora` is given. Leave one out.")
+        base, loading = model.model_name_or_path, args.model_init_kwargs or {}
+        check_models(base, list(loras.values()), init_kwargs=loading)
+        cache = {"cache_dir": loading.get("cache_dir")}
+        model.dtype = _dtype(args)
+        quantization = get_quantization_config(model)
         folder = Path(script.output or f"evaluation/{script.suite}")
         evaluation = SuiteEvaluation(
             _writable(folder / "suite.json").parent,
@@ -404,18 +422,17 @@ def _evaluate_suite(script: EvaluateArguments, args: DGPOConfig, model: ModelCon
             dict(zip(names, _rewards(names), strict=True)),
             num_images=suite.num_images if script.num_images is None else script.num_images,
             mean_of_tags=suite.mean_of_tags,
-            settings={"suite": script.suite, **image_settings(args, model.load_in_4bit or model.load_in_8bit)},
+            settings={"suite": script.suite, **image_settings(args, quantization and quantization.to_dict())},
             sources={
-                BASE: model_record(model.model_name_or_path, is_lora=False),
-                **{label: model_record(lora, is_lora=True) for label, lora in loras.items()},
+                BASE: model_record(base, is_lora=False, revision=loading.get("revision"), **cache),
+                **{label: model_record(lora, is_lora=True, **cache) for label, lora in loras.items()},
             },
+            reward_sources={name: reward_record(name) for name in names},
             reward_timeout=args.reward_timeout,
             show_progress=not args.disable_tqdm,
         )
         if args.reward_self_test:
-            # Other objects than those that score: their models go again before the one that draws comes.
-            for reward in map(get_reward, evaluation.unscored()):
-                RewardScorer(reward).self_test(rows[0], args.height, args.width, trainer_state=TrainerState())
+            evaluation.self_test(args.height, args.width)
     results = evaluation.run()
     PartialState().destroy_process_group()
     if results is not None:
@@ -491,13 +508,19 @@ def serve_reward(argv: list[str]) -> int:
     parser.add_argument("reward", metavar="NAME", help=f"What is served: {REWARD_FORMS}.")
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen at. %(default)s if not given.")
     parser.add_argument("--port", type=int, default=8000, help="Port to listen at. %(default)s if not given.")
+    parser.add_argument(
+        "--normalize",
+        action="store_true",
+        help="A built-in reward on the scale of the reference's training, where there is one, as `train "
+        "--reward_funcs NAME` has it. On the one that papers print if not given.",
+    )
     flags = parser.parse_args(argv)
     with _users_mistakes():
         from .rewards.remote import serve
 
         logging.basicConfig(format="%(message)s")
         logging.getLogger("trl_dgpo").setLevel(logging.INFO)  # where it is served, and that it is
-        serve(get_reward(flags.reward), host=flags.host, port=flags.port)
+        serve(get_reward(flags.reward, normalize=flags.normalize), host=flags.host, port=flags.port)
     return 0
 
 
@@ -510,7 +533,7 @@ def _users_mistakes() -> Iterator[None]:
     """While things are read, checked and built, errors are about what was given: one line is enough."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("TRL_DGPO_DEBUG"):
             raise
         raise UsageError(str(error)) from error
@@ -761,7 +784,11 @@ def _checkpoint(args: DGPOConfig) -> str | bool | None:
 
 
 def _writable(path: Path) -> Path:
-    """The path, with its folder made: found out before hours of work, not after."""
+    """The path of a file, with its folder made: found out before hours of work, not after."""
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; give a file's name.")
+    if taken := [str(folder) for folder in path.parents if folder.exists() and not folder.is_dir()]:
+        raise ValueError(f"{taken[0]!r} is a file, and a folder is wanted there. Give another name.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -928,6 +928,7 @@ class _DDPOReward:
     def __init__(self, reward_function: DDPORewardFunction):
         self.reward_function = reward_function
         self.__name__ = getattr(reward_function, "__name__", type(reward_function).__name__)
+        self.check = getattr(reward_function, "check", None)
 
     def __call__(
         self,

@@ -165,7 +165,7 @@ def test_the_check_at_the_start():
         judge(server).check()
         assert server.requests[0][0] == "GET /v1/models"
     for models in (reply({"data": [{"id": "other"}]}), reply({"data": 3}), reply([]), reply(b"", 401)):
-        with faults(models) as server, pytest.raises(ServiceUnavailableError, match="vllm serve judge-7b"):
+        with faults(models) as server, pytest.raises(ServiceUnavailableError, match="whichever serves judge-7b"):
             judge(server).check()
     with pytest.raises(ConnectionError, match=r"no model server at http://127\.0\.0\.1:1/v1"):
         judge("http://127.0.0.1:1").check()
@@ -188,6 +188,30 @@ def test_the_key_is_in_no_log_no_error_and_no_copy(monkeypatch, caplog):
             client.check()
     assert [headers["Authorization"] for _, headers, _ in server.requests] == [f"Bearer {SECRET}"] * 3
     assert SECRET not in f"{caught.value!r} {checked.value!r} {caplog.text} {vars(client)} {vars(client._service)}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        (ChatJudge, says(f"You sent Bearer {SECRET}")),  # the log shows the answer
+        (ChatJudge, {"error": f"wrong key {SECRET}"}),  # the error does
+        (ChatJudge, f"wrong key {SECRET}".encode()),
+        (DeQAScore, says(f"wrong key {SECRET}")),
+    ],
+)
+def test_a_key_that_comes_back_with_status_200_is_shown_nowhere(monkeypatch, caplog, kind, answer):
+    monkeypatch.setenv("JUDGE_KEY", SECRET)
+    caplog.set_level("DEBUG")
+    with faults(reply(answer)) as server:
+        client = judge(server, kind, api_key_env="JUDGE_KEY")
+        try:
+            client(["p"], [noise()])
+        except ServiceError as error:
+            logging.getLogger("test").error("%s", error)
+        with pytest.raises(ServiceUnavailableError) as checked:
+            client.check()
+    assert "***" in caplog.text
+    assert SECRET not in f"{caplog.text} {checked.value!r}"
 
 
 @pytest.mark.parametrize(

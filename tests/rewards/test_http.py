@@ -4,6 +4,7 @@ import asyncio
 import base64
 import gzip
 import io
+import json
 import pickle
 import random
 import signal
@@ -176,6 +177,27 @@ def test_a_key_is_sent_and_never_shown(monkeypatch, caplog):
     assert SECRET.encode() not in pickle.dumps(client)
     assert "tried again" in caplog.text
     assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize("key", [SECRET, 'sk/with"\\odd/signs', "sk-" + "\\" * 6])
+@pytest.mark.parametrize("escaped", [False, True], ids=["as Python writes it", "with escaped slashes"])
+def test_a_key_that_an_answer_repeats_is_not_read(monkeypatch, key, escaped):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    answer = json.dumps({"error": f"Bearer {key}, {key}?"}).replace("/", r"\/" if escaped else "/")
+    with faults(reply(answer.encode()), reply(f"Bearer {key}".encode())) as server:
+        client = service(server, api_key_env="JUDGE_KEY")
+        assert client.get("/score") == {"error": "Bearer ***, ***?"}
+        with pytest.raises(ServiceError, match=r"not JSON .*'Bearer \*\*\*'"):
+            client.get("/score")
+
+
+def test_a_placeholder_for_a_key_changes_no_answer(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "0")
+    with faults(reply({"score": "40", "rewards": [10.5]}), reply(b"is 0 a key?", 401)) as server:
+        client = service(server, api_key_env="JUDGE_KEY")
+        assert client.get("/score") == {"score": "40", "rewards": [10.5]}
+        with pytest.raises(ServiceError, match=r"is \*\*\* a key"):
+            client.get("/score")
 
 
 @pytest.mark.parametrize("key", [None, "", "two words" + SECRET, f"{SECRET}\r\nX: y", SECRET + "ü"])

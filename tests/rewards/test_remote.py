@@ -2,6 +2,7 @@
 
 import base64
 import http.client
+import inspect
 import io
 import json
 import logging
@@ -24,7 +25,9 @@ from fault_server import by_request, drip, endless, faults, hang_up, reply, runn
 from PIL import Image
 
 import trl_dgpo.rewards.http as client_http
-from trl_dgpo.rewards.http import ServiceError, ServiceUnavailableError
+import trl_dgpo.rewards.remote as remote_file
+from trl_dgpo import cli
+from trl_dgpo.rewards.http import ServiceError, ServiceUnavailableError, encode_picture
 from trl_dgpo.rewards.jpeg import JPEGCompressibility
 from trl_dgpo.rewards.remote import RemoteReward, make_server, serve
 from trl_dgpo.rewards.scoring import FailureWindow, RewardScorer
@@ -123,6 +126,35 @@ def test_not_applicable_and_failed_are_two_things():
     assert all(map(math.isnan, rewards[2:]))
 
 
+@pytest.mark.parametrize(
+    ("sides", "counts"),
+    [
+        ([512] * 20, [16, 4]),
+        ([1024] * 16, [8, 8]),
+        ([2048] * 5, [2, 2, 1]),
+        ([4096, 4096, 16, 16], [1, 1, 2]),
+        ([16, 4096], [1, 1]),
+        ([], []),
+    ],
+)
+def test_large_pictures_go_out_fewer_at_a_time(sides, counts):
+    pictures = [Image.new("L", (side, side)) for side in sides]
+    parts = RemoteReward("http://host")._parts(pictures)
+    assert [part.stop - part.start for part in parts] == counts
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(sides)))
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg"])
+def test_what_the_client_sends_together_the_server_takes(monkeypatch, image_format):
+    images, [large] = noise(16, (64, 64)), noise(1, (512, 512))
+    limit = inspect.signature(make_server).parameters["max_body"].default
+    assert len(encode_picture(large, image_format)) / 512**2 * remote_file._PART_PIXELS < 0.51 * limit
+    # The same proportion, smaller.
+    monkeypatch.setattr(remote_file, "_PART_PIXELS", 1 << 14)
+    with served(lambda completions, **_: [1.0] * len(completions), max_body=1 << 17) as server:
+        assert remote(server, image_format=image_format)([""] * 16, images) == [1.0] * 16
+
+
 def test_columns_and_metrics_travel(caplog):
     got, metrics = {}, []
 
@@ -166,12 +198,14 @@ def test_in_the_scorer():
     images = torch.from_numpy(np.stack([np.array(image) for image in noise(3)])).permute(0, 3, 1, 2)
     with served(kilobytes) as server:
         scores = RewardScorer([remote(server), kilobytes])(images, list("abc"), {"text": list("xyz")})
-    assert torch.equal(scores.by_name["remote"], scores.by_name["kilobytes"])
+        address = f"127.0.0.1_{server.server_port}"
+    assert torch.equal(scores.by_name[address], scores.by_name["kilobytes"])
     assert not scores.failed.any()
 
 
 def test_names_and_copies():
-    assert RemoteReward("http://host:1").__name__ == "remote"
+    assert RemoteReward("http://host").__name__ == "host"
+    assert RewardScorer([RemoteReward("http://host:1"), RemoteReward("http://host:2/")]).names == ["host_1", "host_2"]
     assert RemoteReward("http://host:1/rewards/ocr/").__name__ == "ocr"
     assert RemoteReward("http://host:1/ocr", name="mine").__name__ == "mine"
     with served(kilobytes) as server:
@@ -336,6 +370,47 @@ def test_a_reward_that_cannot_be_served_says_so_once():
         ask(server)
 
 
+def test_a_reward_that_hangs_fails_its_images_and_frees_the_turn(caplog):
+    go = threading.Event()
+
+    def reward(prompts, completions, **columns):
+        if "hang" in prompts:
+            go.wait()
+        return [1.0] * len(prompts)
+
+    with served(reward, reward_timeout=0.3) as server:
+        start = time.monotonic()
+        rewards = remote(server, batch_size=3)(["p", "hang", "p", "p"], noise(4, (8, 8), (8, 16), (8, 8), (8, 8)))
+        assert time.monotonic() - start < 3.0
+        assert rewards[::3] == [1.0, 1.0]
+        assert math.isnan(rewards[1])
+        assert raw(server, body=request(2, prompts=["hang", "p"]))[1]["failed"] == [0, 1]
+        go.set()
+    assert "did not return within 0.3 seconds" in caplog.text
+
+
+def test_a_first_call_may_take_its_time(caplog):
+    calls = []
+
+    def reward(prompts, completions, **columns):
+        calls.append(prompts)
+        time.sleep(0.3)
+        return [1.0]
+
+    with make_server(reward, port=0, reward_timeout=0.1) as server:
+        server.try_out()
+    assert calls == [["a white picture"]]
+    assert not caplog.records
+
+
+def test_a_reward_that_fails_on_a_white_picture_is_served_with_a_warning(caplog):
+    with make_server(lambda **_: 1 / 0, port=0) as server:
+        server.try_out()
+    [record] = caplog.records
+    assert "failed on a white picture" in record.getMessage()
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_a_missing_column_is_the_clients_mistake():
     def needs(prompts, completions, text, **columns):
         return [1.0] * len(prompts)
@@ -383,6 +458,7 @@ def test_the_client_sees_no_traceback(monkeypatch, caplog):
         (400, ("POST", "/score", request(prompts="p"))),
         (400, ("POST", "/score", request(images=["?"]))),
         (400, ("POST", "/score", request(images=[base64.b64encode(b"GIF89a").decode()]))),
+        (400, ("POST", "/score", request(images=[json.loads(request())["images"][0][:400]]))),  # a head, and then
         (400, ("POST", "/score", request(columns=[]))),
         (400, ("POST", "/score", request(columns={"text": []}))),
         (400, ("POST", "/score", request(1025))),
@@ -485,6 +561,29 @@ def test_what_nobody_waits_for_is_not_scored():
     assert scored == ["first", "last"]
 
 
+def test_what_waits_is_not_unpacked(monkeypatch):
+    unpacked, go = [], threading.Event()
+    unpack = remote_file._unpack
+
+    def reward(prompts, completions, **columns):
+        go.wait()
+        return [1.0]
+
+    monkeypatch.setattr(remote_file, "_unpack", lambda files: unpacked.append(1) or unpack(files))
+    with served(reward) as server:
+        threads = [threading.Thread(target=raw, args=(server,), kwargs={"body": request()}) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        assert len(unpacked) == 2
+        assert raw(server, "GET", "/health")[0] == 200
+        assert raw(server, body=request(images=["?"]))[0] == 400
+        go.set()
+        for thread in threads:
+            thread.join()
+    assert len(unpacked) == 6
+
+
 def test_other_addresses_warn(caplog):
     make_server(kilobytes, host="127.0.0.1", port=0).server_close()
     assert not caplog.records
@@ -497,8 +596,21 @@ def test_a_taken_port_and_a_bad_limit():
         serve(kilobytes, port=server.server_port)
     with pytest.raises(TypeError, match="not callable"):
         make_server([kilobytes], port=0)  # one reward, not several
+    with pytest.raises(ValueError, match="`port` is 99999; it must be 1 to 65535"):
+        make_server(kilobytes, port=99999)
     with pytest.raises(ValueError, match="`max_body`"):
         make_server(kilobytes, port=0, max_body=0)
+    with pytest.raises(ValueError, match="`reward_timeout`"):
+        make_server(kilobytes, port=0, reward_timeout=0)
+
+
+@pytest.mark.parametrize("flags", [[], ["--normalize"]])
+def test_the_scale_of_what_is_served(monkeypatch, caplog, flags):
+    caplog.set_level("INFO", "trl_dgpo")  # the command sets it too: undone at the end
+    rewards = []
+    monkeypatch.setattr(remote_file, "serve", lambda reward, **where: rewards.append(reward))
+    cli.main(["serve-reward", "pickscore", *flags])
+    assert [reward.normalize for reward in rewards] == [bool(flags)]
 
 
 # A process of its own.
@@ -525,11 +637,11 @@ def test_serve_needs_little_and_ends_cleanly(tmp_path):
     try:
         line = process.stderr.readline()
         url = line.split(" served at ")[1].strip().rstrip(".")
-        client = RemoteReward(url, timeout=10)
+        client = RemoteReward(url, timeout=60)
         client.check()
         assert client(["p"] * 3, noise(3)) == [sum(image.tobytes()) / 7 for image in noise(3)]
         process.send_signal(2)  # Ctrl-C
-        output, errors = process.communicate(timeout=10)
+        output, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 0

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -112,13 +113,19 @@ def test_forms_of_a_result(values):
         ("1234", "returned str; it must return a list of 4 numbers"),
         (None, "returned NoneType; it must return a list of 4 numbers"),
         (1.0, "returned float; it must return a list of 4 numbers"),
-        (torch.tensor(1.0), "returned float; it must return a list of 4 numbers"),
+        (torch.tensor(1.0), r"returned Tensor of shape \(\); it must return one number an image, of shape \(4,\)"),
+        (b"1234", "returned bytes; it must return a list of 4 numbers"),
+        ({0.1, 0.2, 0.3, 0.4}, "returned set; it must return a list of 4 numbers"),
+        (dict.fromkeys([0.1, 0.2, 0.3, 0.4]).keys(), "returned dict_keys; it must return a list of 4 numbers"),
+        (dict.fromkeys([0.1, 0.2, 0.3, 0.4]), "returned dict; it must return a list of 4 numbers"),
+        (map(float, [1, 1, 1, 1]), "returned a map, which gives its values one by one; return a list"),
+        ((1.0 for _ in range(4)), "returned a generator, which gives its values one by one; return a list"),
         ([1.0, "0.5", 1.0, 1.0], "returned '0.5' of type str; each value must be a number or None"),
         ([1.0, [0.5], 1.0, 1.0], r"returned \[0.5\] of type list"),
-        (torch.zeros(4, 1), r"returned \[0.0\] of type list"),
+        (torch.zeros(4, 1), r"returned Tensor of shape \(4, 1\); it must return one number an image, of shape \(4,\)"),
+        (np.zeros((4, 1)), r"returned ndarray of shape \(4, 1\)"),
         ([torch.zeros(2)] * 4, r"returned tensor\(\[0., 0.\]\) of type Tensor"),
-        (np.zeros((4, 2)), r"returned array\(\[0., 0.\]\) of type ndarray"),
-        ({"one": 1, "two": 2, "three": 3, "four": 4}, "returned 'one' of type str"),
+        (np.zeros((4, 2)), r"returned ndarray of shape \(4, 2\)"),
     ],
 )
 @pytest.mark.parametrize("kind", [ValueError, TypeError])
@@ -132,6 +139,43 @@ def test_a_wrong_result_is_the_functions_mistake_and_not_retried(output, message
     with pytest.raises(kind, match=f"`reward` {message}"):
         score(reward)
     assert len(calls) == 1
+
+
+def test_a_coroutine_that_nobody_awaits_is_closed_and_told():
+    async def answers():
+        return [1.0] * 4
+
+    def reward(**kwargs):
+        return answers()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="`reward` returned a coroutine; declare it `async def`"):
+            score(reward)
+
+
+def test_an_integer_beyond_any_float_is_an_infinite_number():
+    calls = []
+
+    def reward(**kwargs):
+        calls.append(1)
+        return [1, 10**400, 1, -(10**5000)]
+
+    assert same(score(reward).rewards, 1, NAN, 1, NAN)
+    assert len(calls) == 1
+
+
+def test_a_reward_that_changes_the_tensor_is_told():
+    def changes(images, **kwargs):
+        images[:, 0] = 0
+        return [1.0] * 4
+
+    changes.input_type = "pt"
+    with pytest.raises(ValueError, match="`changes` changed the images in place; let it work on a copy"):
+        score([typed("pt"), changes, Callable()], images=IMAGES.clone())
+    with torch.inference_mode():
+        images = IMAGES.clone()  # keeps no account of its changes
+    assert same(score(typed("pt"), images=images).rewards, 1, 1, 1, 1)
 
 
 # -- failures
@@ -239,6 +283,15 @@ def test_weighted_sum_of_what_applies():
     assert same(scores.by_name["b"], 2, 2, NAN, NAN)
 
 
+def test_a_sum_that_no_float_holds_has_failed(caplog):
+    rewards = [returns(1e308, 1e308, None, 1, name="a"), returns(1e308, -1e308, 1e308, 1, name="b")]
+    for weights, failed in ([1, 1], [True, False, False, False]), ([10, 10], [True, True, True, False]):
+        caplog.clear()
+        scores = score(rewards, weights)
+        assert scores.failed.tolist() == scores.rewards.isnan().tolist() == failed
+        assert f"of ['a', 'b'] is no finite number for {sum(failed)} images; they are masked" in caplog.text
+
+
 def test_weights_are_one_each_by_default():
     assert same(score([returns(1, 2, 3, 4, name="a"), returns(1, 1, 1, 1, name="b")]).rewards, 2, 3, 4, 5)
 
@@ -252,6 +305,10 @@ class Callable:
 
 
 def no_kwargs(prompts, completions):
+    return [1.0] * 4
+
+
+def by_position(prompts, unused=None, /, **kwargs):
     return [1.0] * 4
 
 
@@ -281,6 +338,9 @@ def test_names():
             r"two rewards of one name: \['reward', 'reward'\]. Set `__name__`",
         ),
         (returns(1), [1.0, 2.0], ValueError, "`reward_weights` has 2 numbers for 1 rewards"),
+        (returns(1), [NAN], ValueError, r"`reward_weights` is \[nan\]; each must be a finite number"),
+        (returns(1), [INF], ValueError, r"`reward_weights` is \[inf\]; each must be a finite number"),
+        (by_position, None, TypeError, r"`by_position` takes \['prompts'\] by position alone.*leave out the `/`"),
         (typed("np"), None, ValueError, "`input_type` 'np'; it must be 'pil' or 'pt'"),
     ],
 )
@@ -327,6 +387,11 @@ def flags(failed, total):
         ([(0, 100), (10, 50), (1, 50)], True),
         ([(10, 100), (0, 100), (10, 100)], False),  # old failures are forgotten
         ([(0, 90), (2, 2)], True),  # all of a batch
+        ([(476, 576)], True),  # all of a batch that is larger than the window count, in whichever order
+        ([(58, 576)], True),
+        ([(57, 576)], False),
+        ([(57, 576), (9, 50)], False),  # and the next batch is judged with the 100 last of it
+        ([(57, 576), (11, 50)], True),
     ],
 )
 def test_failure_window(batches, stops):
@@ -491,6 +556,43 @@ def test_an_asynchronous_batch_that_raises_is_retried_image_by_image_at_once(cap
     assert "raised OSError('broken picture') for prompt 'three'; the image is masked" in caplog.text
 
 
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt()])
+def test_an_asynchronous_reward_cannot_end_the_loop(error, caplog):
+    async def leaves(prompts, **kwargs):
+        if "two" in prompts:
+            raise error
+        return [1.0] * len(prompts)
+
+    scores = RewardScorer([leaves, AsyncCallable()], timeout=5.0)(IMAGES, PROMPTS, {})
+    assert same(scores.rewards, 1, NAN, 3, 4)
+    assert f"an asynchronous reward raised {error!r}" in caplog.text
+    assert "did not return" not in caplog.text
+
+
+def test_nor_can_a_task_of_its_own(caplog):
+    async def ends():
+        raise SystemExit(1)
+
+    async def leaves(prompts, **kwargs):
+        if "two" in prompts:
+            await asyncio.create_task(ends())
+        return [1.0] * len(prompts)
+
+    scores = RewardScorer([leaves, AsyncCallable()], timeout=5.0)(IMAGES, PROMPTS, {})
+    assert same(scores.rewards, 1, NAN, 3, 4)
+    assert "SystemExit(1) left the event loop of asynchronous rewards, which goes on" in caplog.text
+    assert "did not return" not in caplog.text
+
+
+def test_nor_can_stopping_it():
+    async def stops(**kwargs):
+        asyncio.get_running_loop().stop()
+        return [1.0] * 4
+
+    for _ in range(2):
+        assert same(RewardScorer(stops, timeout=5.0)(IMAGES, PROMPTS, {}).rewards, 1, 1, 1, 1)
+
+
 # -- how a reward is called
 
 
@@ -632,6 +734,23 @@ def test_an_image_that_hangs_in_a_retry(is_async, expected, hang, caplog):
     assert caplog.text.count("did not return within") == 1
 
 
+def test_the_images_of_a_retry_have_one_limit_together(caplog):
+    calls = []
+
+    def reward(prompts, **kwargs):
+        calls.append(prompts)
+        if len(prompts) > 1:
+            raise OSError("broken picture")
+        time.sleep(0.15)
+        return [1.0]
+
+    scores = RewardScorer(reward, timeout=0.4)(IMAGES, PROMPTS, {})
+    assert same(scores.rewards[2:], NAN, NAN)
+    assert scores.rewards[0] == 1
+    assert len(calls) <= 4
+    assert "did not return within 0.4 seconds (`reward_timeout`) for 4 images, one by one" in caplog.text
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_reward_is_given_up_for_the_rest_of_a_round(is_async, hang):
     calls = []
@@ -768,6 +887,43 @@ def test_a_self_test_has_no_time_limit():
         return [1.0]
 
     RewardScorer([slow, asynchronous(returns(1))], timeout=0.01).self_test(ROW, 4, 4)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_without_a_row_the_first_call_has_no_time_limit(is_async, hang):
+    checked, calls = [], []
+
+    def seconds():
+        calls.append(1)
+        return 0.1 if len(calls) == 1 else 1.0
+
+    def loads(**kwargs):
+        time.sleep(seconds())
+        return [1.0] * 4
+
+    async def loads_async(**kwargs):
+        await asyncio.sleep(seconds())
+        return [1.0] * 4
+
+    reward = loads_async if is_async else loads
+    reward.check = lambda: checked.append(1)
+    scorer = RewardScorer(reward, timeout=0.02)
+    scorer.self_test(None, 4, 4)
+    assert (checked, calls) == ([1], [])
+    part = next(part for part in scorer.split() if part is not None)
+    assert part(IMAGES, PROMPTS, {}).rewards.tolist() == [1.0] * 4
+    assert scorer(IMAGES, PROMPTS, {}).failed.all()  # the second has
+
+
+def test_without_a_row_a_reward_that_cannot_be_called_is_told():
+    class Served(Callable):
+        def check(self):
+            raise ConnectionError("nobody at localhost:8000")
+
+    with pytest.raises(
+        RuntimeError, match=r"`Served` raised ConnectionError\('nobody.*`check\(\)`.*`reward_self_test"
+    ):
+        RewardScorer([Callable(), Served()]).self_test(None, 4, 4)
 
 
 @pytest.mark.parametrize("is_async", [False, True])

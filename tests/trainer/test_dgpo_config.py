@@ -47,6 +47,8 @@ def test_accumulation_counts_processes(tmp_path, monkeypatch):
         ({"kl_coef": -0.1}, "`kl_coef` is -0.1; it must be 0 .* or more"),
         ({"kl_coef": float("nan")}, "`kl_coef` is nan"),
         ({"old_policy_after": -2}, "`old_policy_after` is -2; .* 0 or more. None for never"),
+        ({"reward_weights": [1.0, float("nan")]}, r"`reward_weights` is \[1.0, nan\]; each must be a finite number"),
+        ({"reward_weights": [float("inf")]}, r"`reward_weights` is \[inf\]; each must be a finite number"),
         ({"loss_type": "linear"}, "`loss_type` is 'linear'; it must be one of 'surrogate', 'logsigmoid'"),
         ({"sampler": "ddim"}, "`sampler` is 'ddim'; it must be one of 'dpm', 'euler', 'sde'"),
         ({"reference": "ema"}, "`reference` is 'ema'; it must be one of"),

@@ -6,12 +6,12 @@ What a fault of a reward costs a run.
 | raises for an image, returns NaN or an infinite number | that image is masked, counted and logged; the run goes on |
 | the same for more than a tenth of the images | the run stops, on every process in the same step |
 | hangs | the images of that call are masked and the reward is given up for the round: as above |
-| returns a short list, a string, a list of strings | the run stops at once |
+| returns a short list, a string, a list of strings | the run stops at once, on every process |
 | raises, or any of these, in its self-test | there is no run: the model is not even loaded |
 | gives one number to every image | a warning after three rounds |
 
-The mistakes in a result are in `test_async_rewards.py` too, and what a masked image does not change in
-`test_dgpo_trainer.py`.
+The mistakes in a result are in `test_async_rewards.py` too, several processes in `test_two_processes.py`, and what a
+masked image does not change in `test_dgpo_trainer.py`.
 """
 
 import asyncio
@@ -79,6 +79,13 @@ def bad_for_one(fault):
 
 
 # -- a fault in a run
+
+
+def test_most_of_a_large_round_failing_stops_the_run(tmp_path):
+    fails = [math.nan] * 30 + [0.5] * 98
+    trainer = tiny_trainer(tmp_path, reward_funcs=rewards_by_position(*fails), num_generations=32, **QUICK)
+    with pytest.raises(RuntimeError, match=r"failed for 30 of the last 128 images \(30 of the last 128\)"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -285,6 +292,28 @@ def test_a_prompt_function_is_not_drawn_from(tmp_path):
     config = tiny_config(tmp_path, reward_self_test=True)
     DGPOTrainer(config, reward, prompts, tiny_random_pipeline())
     assert (drawn, scored) == ([], [])
+
+
+def test_with_a_prompt_function_rewards_are_asked_and_the_first_call_may_load(tmp_path):
+    calls = []
+
+    class Served:
+        def check(self):
+            calls.append("check")
+
+        def __call__(self, images, **kwargs):
+            calls.append(len(images))
+            time.sleep(2 * LIMIT if len(calls) == 2 else 0)
+            return brightness(images)
+
+    config = tiny_config(tmp_path, reward_self_test=True, reward_timeout=LIMIT, max_steps=2, **QUICK)
+    trainer = DGPOTrainer(
+        config, prompt_function=lambda: ("a", {}), reward_funcs=Served(), sd_pipeline=tiny_random_pipeline()
+    )
+    assert calls == ["check"]
+    trainer.train()
+    assert calls == ["check", 16, 16]
+    assert [log["rewards_failed"] for log in trainer.state.log_history[:2]] == [0, 0]
 
 
 class Draws:

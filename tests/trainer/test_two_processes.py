@@ -11,22 +11,29 @@ import pytest
 import torch
 
 
-def test_two_processes_learn_what_one_learns(tmp_path):
+LAUNCHERS = {
+    "one": [sys.executable],
+    "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
+
+
+def launch(name: str, what: str, output: Path) -> str:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))
-    launchers = {
-        "one": [sys.executable],
-        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    }
-    for name, launcher in launchers.items():
-        command = [*launcher, __file__, str(tmp_path / name)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+    command = [*LAUNCHERS[name], __file__, what, str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    for name in LAUNCHERS:
+        launch(name, "learn", tmp_path / name)
     one, first, second = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one.0", "two.0", "two.1"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     difference = sum((first[n] - one[n]).square().sum() for n in one).sqrt()
     assert difference < 1e-5 * sum(weight.square().sum() for weight in one.values()).sqrt()
-    logs = {name: json.loads((tmp_path / f"{name}.0.json").read_text()) for name in launchers}
+    logs = {name: json.loads((tmp_path / f"{name}.0.json").read_text()) for name in LAUNCHERS}
     for mine, theirs in zip(logs["one"], logs["two"], strict=True):
         assert mine.keys() == theirs.keys()
         # Every number is of both processes' images, but for the seconds.
@@ -35,7 +42,45 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     assert (tmp_path / "two" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def run(output: Path) -> None:
+def test_what_scoring_raises_in_one_process_ends_both(tmp_path):
+    stderr = launch("two", "fail", tmp_path / "run")
+    first, second = (json.loads((tmp_path / f"run.{rank}.json").read_text()) for rank in range(2))
+    text = "RewardOutputError: Reward `short` returned {} values for {} images; it must return one each."
+    told = "RuntimeError: Scoring failed in 1 of 2 processes. process 1: "
+    # In training, where images are scored as they arrive; then in evaluation, where the second has one image.
+    for mine, theirs, numbers in zip(first, second, ((3, 4), (0, 1)), strict=True):
+        assert theirs == text.format(*numbers)
+        assert mine == told + theirs
+    assert "limits together (1 x `reward_timeout`, 600 seconds) are no shorter than `ddp_timeout` (100)" in stderr
+
+
+def fail(output: Path) -> None:
+    from tiny_trainers import brightness, prompt_dataset, tiny_trainer
+
+    rank = int(os.environ["RANK"])
+
+    def short(images, **kwargs):
+        return brightness(images)[rank:]
+
+    trainer = tiny_trainer(
+        output,
+        reward_funcs=short,
+        eval_dataset=prompt_dataset("x", "y", "z"),
+        eval_on_start=False,
+        async_reward_computation=True,
+        sample_batch_size=4,
+        ddp_timeout=100,
+    )
+    errors = []
+    for call in (trainer.train, trainer.evaluate):
+        try:
+            call()
+        except (RuntimeError, ValueError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    Path(f"{output}.{rank}.json").write_text(json.dumps(errors))
+
+
+def learn(output: Path) -> None:
     from tiny_trainers import brightness, prompt_dataset, scramble, tiny_trainer, weights
 
     trainer = tiny_trainer(
@@ -59,4 +104,4 @@ def run(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+    {"learn": learn, "fail": fail}[sys.argv[1]](Path(sys.argv[2]))

@@ -124,7 +124,7 @@ def compare(
     for label, by_name in scores.items():
         models[label] = {
             "rewards": {name: summary(values) for name, values in by_name.items()},
-            "images": _image_summary(measures[label]),
+            "images": _image_summary(measures[label], strata),
         }
     for label in [label for label in scores if label != base]:
         differences[label] = {
@@ -132,7 +132,7 @@ def compare(
                 name: summary(_numbers(values) - _numbers(scores[base][name]), detailed=False)
                 for name, values in scores[label].items()
             },
-            "images": _image_difference(measures[label], measures[base]),
+            "images": _image_difference(measures[label], measures[base], strata),
         }
     return {"models": models, "differences": differences}
 
@@ -166,7 +166,9 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     rows = [head]
     for name, first in models[base]["rewards"].items():
         of = _getter("rewards", name)
-        title = Path(name).name + (", mean of tags" if results["mean_of_tags"] and "tags" in first else "")
+        title = Path(name).name
+        if results["mean_of_tags"] and "tags" in first:
+            title += f", mean of {_tags_with_values([of(model)['tags'] for model in models.values()])}"
         rows.append(row(title, lambda m, of=of: _cell(of(m)), lambda d, of=of: _cell(of(d), "+")))
         is_binary = all("correct" in of(model) for model in models.values())
         for tag in first.get("tags", ()):
@@ -232,17 +234,17 @@ def _statistics(measures: Tensor) -> dict[str, float]:
     return image_statistics({**{name: flat[:, i] for i, name in enumerate(names)}, "colour": flat[:, 3:]})
 
 
-def _image_summary(measures: Tensor) -> dict[str, dict[str, Any]]:
+def _image_summary(measures: Tensor, strata: Tensor | None) -> dict[str, dict[str, Any]]:
     summary = {}
     for i, (name, value) in enumerate(_statistics(measures).items()):
         # The spread of colours is no mean of numbers of single images.
-        interval = [math.nan, math.nan] if name == "colour_spread" else list(estimate(measures[..., i])[1:])
+        interval = [math.nan, math.nan] if name == "colour_spread" else list(estimate(measures[..., i], strata)[1:])
         summary[name] = {"mean": value, "interval": interval}
     return summary
 
 
-def _image_difference(measures: Tensor, base: Tensor) -> dict[str, dict[str, Any]]:
-    difference = _image_summary(measures - base)
+def _image_difference(measures: Tensor, base: Tensor, strata: Tensor | None) -> dict[str, dict[str, Any]]:
+    difference = _image_summary(measures - base, strata)
     spreads = [_statistics(m)["colour_spread"] for m in (measures, base)]
     return difference | {"colour_spread": {"mean": spreads[0] - spreads[1], "interval": [math.nan, math.nan]}}
 
@@ -266,4 +268,10 @@ def _cell(summary: dict[str, Any], sign: str = "") -> str:
 def _counted(summary: dict[str, Any]) -> str:
     """Correct images of all that have a value."""
     correct, total = summary["correct"], summary["num_images"]
-    return f"{correct / total if total else math.nan:.3f} ({correct}/{total})"
+    return f"{correct / total:.3f} ({correct}/{total})" if total else "-"
+
+
+def _tags_with_values(tags: list[dict[str, dict]]) -> str:
+    """What a mean of tags is over, in any of the models: a tag without a value is not in it."""
+    numbers = sorted({sum(part["num_images"] > 0 for part in of_model.values()) for of_model in tags})
+    return "tags" if numbers == [len(tags[0])] else f"{' or '.join(map(str, numbers))} of {len(tags[0])} tags"

@@ -6,16 +6,17 @@ scored again, whether it was interrupted or another reward is asked for later. P
 depends on prompt and number alone ([`evaluation_latents`]), and are scored as they lie on the disk.
 """
 
+import copy
 import gc
 import hashlib
 import json
 import logging
 import math
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ Generate = Callable[..., Tensor]
 # Sampled and scored at a time: what a kill can cost.
 _IMAGES_AT_ONCE = 64
 _IN_GRID = 8
-_MEASURES = "statistics"
-_VERSIONS = ("trl-dgpo", "torch", "diffusers", "transformers")
+_MEASURES = "+statistics"  # no reward's file has a "+" in its name
+_VERSIONS = ("trl-dgpo", "torch", "diffusers", "transformers", "rapidocr", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,14 @@ class SuiteEvaluation:
     Args:
         folder (`Path`):
             Where everything is written: `suite.json`, `<model>/images/00012-3.png` (prompt and number),
-            `<model>/scores/<reward>.jsonl`, `results.json`, `results.md` and `grid.png`.
+            `<model>/scores/<reward>.jsonl`, `results.json`, `results.md` and `grid.png`. Two evaluations at once in it
+            would undo each other's files.
         rows (`list[dict]`):
             Prompts: rows with `prompt`, perhaps a `tag`, and the columns that the rewards read.
         models (`dict[str, Callable]`):
             For each label what gives, as a context, `generate(prompts, num_images=...)`: uint8 images `(B, 3, H, W)`.
-            Every process enters it or none. The first model is the one that the others are compared with.
+            Every process enters it or none. The first model is the one that the others are compared with. A label is
+            the name of a folder.
         rewards (`dict[str, Callable]`):
             Rewards by name.
         num_images (`int`, *optional*, defaults to `1`):
@@ -126,6 +129,8 @@ class SuiteEvaluation:
             What else decides the pictures, as JSON.
         sources (`dict`, *optional*):
             For each label what model it is, as JSON.
+        reward_sources (`dict`, *optional*):
+            For each reward what it is besides its name, as JSON. Scores of another are not mixed with its own.
         reward_timeout (`float`, *optional*):
             Seconds that a reward may take for a part, see [`~trl_dgpo.rewards.scoring.RewardScorer`].
         processes (`~accelerate.PartialState`, *optional*):
@@ -134,7 +139,8 @@ class SuiteEvaluation:
             Show bars.
 
     Raises:
-        `ValueError`: if the folder is of another evaluation, a reward lacks a column, or there is nothing to draw.
+        `ValueError`: if the folder is of another evaluation or has scores of a reward that was another one then, a
+            reward lacks a column, a label is no folder's name, or there is nothing to draw.
     """
 
     def __init__(
@@ -148,12 +154,16 @@ class SuiteEvaluation:
         mean_of_tags: bool = False,
         settings: dict[str, Any] | None = None,
         sources: dict[str, Any] | None = None,
+        reward_sources: dict[str, Any] | None = None,
         reward_timeout: float | None = None,
         processes: Any = None,
         show_progress: bool = False,
     ):
         if num_images < 1 or not rows:
             raise ValueError(f"There are {len(rows)} prompts of {num_images} images; there must be at least one each.")
+        for label in models:
+            if label in ("", "..") or Path(label).name != label:
+                raise ValueError(f"`models` has the label {label!r}; it must be the name of a folder, without a path.")
         self.models = models
         self.scorers = {name: RewardScorer(func, timeout=reward_timeout) for name, func in rewards.items()}
         for name, scorer in self.scorers.items():
@@ -177,13 +187,35 @@ class SuiteEvaluation:
                     "num_images": num_images,
                 },
                 "models": {label: (sources or {}).get(label) for label in models},
-                "versions": {name: version(name) for name in _VERSIONS},
+                "rewards": {name: (reward_sources or {}).get(name) for name in rewards},
+                "versions": _versions(),
             }
         )
 
-    def unscored(self) -> list[str]:
-        """Names of the rewards that have yet to be asked."""
-        return [name for name in self.scorers if not all(self._store.is_scored(label, name) for label in self.models)]
+    def self_test(self, height: int, width: int) -> None:
+        """
+        Call the rewards that have yet to score something, once each, before hours of drawing.
+
+        Copies of them are called, whose models go again before the one that draws comes. See
+        [`~trl_dgpo.rewards.scoring.RewardScorer.self_test`].
+
+        Args:
+            height (`int`):
+                Height of the images in pixels.
+            width (`int`):
+                Width of the images in pixels.
+
+        Raises:
+            `RuntimeError`: if a reward raises.
+        """
+        from transformers import TrainerState
+
+        for name, scorer in self.scorers.items():
+            if not all(self._store.is_scored(label, _file_name(name)) for label in self.models):
+                tested = RewardScorer([copy.copy(reward) for reward in scorer.funcs])
+                tested.self_test(self._store.rows[0], height, width, trainer_state=TrainerState())
+                del tested
+                _free_memory()
 
     def run(self) -> dict[str, Any] | None:
         """
@@ -193,7 +225,7 @@ class SuiteEvaluation:
             `dict` as in `results.json`, with `NaN` where there is `null`; `None` on other processes than the first.
 
         Raises:
-            `RuntimeError`: if a reward fails for all images of a part.
+            `RuntimeError`: if a reward fails for all images of a part, of which it was asked for the first time.
         """
         store = self._store
         for label, load in self.models.items():
@@ -201,12 +233,12 @@ class SuiteEvaluation:
         for label in self.models:
             store.score(label, _MEASURES, _measure)
             for name, scorer in self.scorers.items():
-                store.score(label, name, _scored_by(name, scorer))
+                store.score(label, _file_name(name), _scored_by(scorer))
         if not store.is_first:
             return None
-        results = {**store.record(), "mean_of_tags": self.mean_of_tags}
+        results = {**store.record(self.models), "mean_of_tags": self.mean_of_tags}
         results |= compare(
-            {label: {name: store.read(label, name) for name in self.scorers} for label in self.models},
+            {label: {name: store.read(label, _file_name(name)) for name in self.scorers} for label in self.models},
             {label: store.read(label, _MEASURES) for label in self.models},
             self.tags,
             mean_of_tags=self.mean_of_tags,
@@ -226,8 +258,9 @@ class _Store:
         self.is_first = processes.process_index == 0
         self.show_progress = show_progress and self.is_first
         share = range(processes.process_index, len(rows), processes.num_processes)
-        # The parts are the same in every call: a part that was interrupted is sampled or scored anew as a whole, since
-        # kernels may round differently in other company.
+        # The parts are the same in every call: a part that was interrupted is sampled anew as a whole, since kernels
+        # may round differently in other company. A score can bear that, and may cost money: only what is missing or
+        # failed is asked for again.
         size = max(1, _IMAGES_AT_ONCE // num_images)
         self.parts = [share[i : i + size] for i in range(0, len(share), size)]
 
@@ -237,34 +270,56 @@ class _Store:
         path = self.folder / "suite.json"
         if path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
-            mine, there = (
-                {**r["settings"], **{f"models/{label}": r["models"].get(label) for label in record["models"]}}
-                for r in (record, known)
-            )
-            there |= {
-                f"models/{label}": mine[f"models/{label}"] for label in record["models"].keys() - known["models"]
-            }
-            if changed := sorted(name for name in mine.keys() | there.keys() if mine.get(name) != there.get(name)):
-                differences = "; ".join(f"{name} is {mine.get(name)!r}, was {there.get(name)!r}" for name in changed)
-                raise ValueError(
-                    f"{str(self.folder)!r} holds another evaluation: {differences}. Give another folder, or remove "
-                    "this one."
-                )
-            if record["versions"] != known["versions"]:
+            self._check(record, known)
+            for kind in ("models", "rewards"):
+                record[kind] = known[kind] | record[kind]
+            for name, earlier in known["versions"].items():
+                record["versions"][name] = list(dict.fromkeys([*earlier, *record["versions"].get(name, [])]))
+            if several := {name: versions for name, versions in record["versions"].items() if len(versions) > 1}:
                 logger.warning(
-                    "%s was begun with %s; now there are %s. Pictures of both are compared as if they were of one.",
-                    *(self.folder, known["versions"], record["versions"]),
+                    "%s was worked on with several versions: %s. What all of them made is compared as if it were of "
+                    "one.",
+                    *(self.folder, several),
                 )
-            record["models"] = known["models"] | record["models"]
         self.processes.wait_for_everyone()  # until all have read it
         if self.is_first:
             with written_aside(path) as aside:
                 aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         self.processes.wait_for_everyone()
 
-    def record(self) -> dict[str, Any]:
+    def _check(self, record: dict[str, Any], known: dict[str, Any]) -> None:
+        """That what is there was made with the same settings, models and rewards."""
+        mine, there = record["settings"], known["settings"]
+        changed = [
+            (name, mine.get(name), there.get(name))
+            for name in sorted(mine.keys() | there.keys())
+            if mine.get(name) != there.get(name)
+        ]
+        changed += [
+            (f"models/{label}", source, known["models"][label])
+            for label, source in record["models"].items()
+            if known["models"].get(label, source) != source
+        ]
+        if changed:
+            differences = "; ".join(f"{name} is {now!r}, was {then!r}" for name, now, then in changed)
+            raise ValueError(
+                f"{str(self.folder)!r} holds another evaluation: {differences}. Give another folder, or remove this "
+                "one."
+            )
+        for name, source in record["rewards"].items():
+            if known["rewards"].get(name, source) != source and any(
+                self._score_files(folder, _file_name(name)) for folder in self.folder.glob("*/scores")
+            ):
+                raise ValueError(
+                    f"Reward `{name}` has changed since {str(self.folder)!r} got its scores: it is {source!r}, was "
+                    f"{known['rewards'][name]!r}. Delete its scores, {self.folder}/*/scores/{_file_name(name)}.jsonl "
+                    "(and .rank*.jsonl), or give another folder."
+                )
+
+    def record(self, labels: Collection[str]) -> dict[str, Any]:
         known = json.loads((self.folder / "suite.json").read_text(encoding="utf-8"))
-        return {"settings": known["settings"], "sources": known["models"], "versions": known["versions"]}
+        sources = {label: known["models"][label] for label in labels}
+        return {"settings": known["settings"], "sources": sources, "versions": known["versions"]}
 
     def sample(self, label: str, load: Callable[[], AbstractContextManager[Generate]]) -> None:
         there = {path.name for path in (self.folder / label / "images").glob("*.png")}
@@ -282,20 +337,25 @@ class _Store:
                         with written_aside(self._picture(label, *key)) as aside:
                             Image.fromarray(image).save(aside, compress_level=1)
         del generate  # and with it the model, before the next one comes
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_memory()
         self.processes.wait_for_everyone()
 
     def score(self, label: str, name: str, score: Callable[[Tensor, list[dict]], list[Any]]) -> None:
         known = self._scores(label, name)
         self.processes.wait_for_everyone()  # until all have read
-        for part in self._bar(f"{label}: {Path(name).name}"):
-            keys = self._keys(part)
-            if all(key in known and known[key] != "nan" for key in keys):
+        title = urllib.parse.unquote(name)
+        for part in self._bar(f"{label}: {Path(title).name}"):
+            keys = [key for key in self._keys(part) if known.get(key, "nan") == "nan"]
+            if not keys:
                 continue
             values = score(self.pictures(label, keys), [self.rows[p] for p, _ in keys])
             self._append(label, name, keys, values)
+            # One image may be to blame itself, and so may those that failed before.
+            if len(keys) > 1 and values == ["nan"] * len(keys) and not known.keys() & set(keys):
+                raise RuntimeError(
+                    f"Reward `{title}` failed for {len(keys)} images in a row; the log above has the reason. What was "
+                    "sampled and scored before is kept: the same command goes on from there."
+                )
         self.processes.wait_for_everyone()
 
     def is_scored(self, label: str, name: str) -> bool:
@@ -338,22 +398,25 @@ class _Store:
     def _picture(self, label: str, prompt: int, image: int) -> Path:
         return self.folder / label / "images" / f"{prompt:05d}-{image}.png"
 
+    def _score_files(self, folder: Path, name: str) -> list[Path]:
+        return sorted([*folder.glob(f"{name}.jsonl"), *folder.glob(f"{name}.rank*.jsonl")])
+
     def _scores(self, label: str, name: str) -> dict[tuple[int, int], Any]:
-        """What all processes wrote, of this call and of earlier ones; of several values the last counts."""
-        folder = self.folder / label / "scores"
-        files = [folder / f"{_file_name(name)}.jsonl", *sorted(folder.glob(f"{_file_name(name)}.rank*.jsonl"))]
+        """What all processes wrote, of this call and of earlier ones; a failure counts where there is nothing else."""
         known: dict[tuple[int, int], Any] = {}
-        for file in files:
-            text = file.read_text(encoding="utf-8") if file.is_file() else ""
-            for line in text.splitlines(keepends=True):
+        for file in self._score_files(self.folder / label / "scores", name):
+            for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
                 if line.endswith("\n"):  # else a kill broke it off
                     entry = json.loads(line)
-                    known[entry["prompt"], entry["image"]] = entry["value"]
+                    key = entry["prompt"], entry["image"]
+                    # Another number of processes writes other files, so the order of the lines says nothing.
+                    if entry["value"] != "nan" or key not in known:
+                        known[key] = entry["value"]
         return known
 
     def _append(self, label: str, name: str, keys: list[tuple[int, int]], values: list[Any]) -> None:
         rank = self.processes.process_index
-        path = self.folder / label / "scores" / f"{_file_name(name)}{f'.rank{rank}' if rank else ''}.jsonl"
+        path = self.folder / label / "scores" / f"{name}{f'.rank{rank}' if rank else ''}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [
             json.dumps({"prompt": prompt, "image": image, "value": value}) + "\n"
@@ -365,17 +428,18 @@ class _Store:
             file.write("".join(lines).encode())
 
 
-def _scored_by(name: str, scorer: RewardScorer) -> Callable[[Tensor, list[dict]], list[Any]]:
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _scored_by(scorer: RewardScorer) -> Callable[[Tensor, list[dict]], list[Any]]:
     from transformers import TrainerState
 
     def score(images: Tensor, rows: list[dict]) -> list[float | str | None]:
         columns = {column: [row[column] for row in rows] for column in rows[0] if column != "prompt"}
         scores = scorer(images, [row["prompt"] for row in rows], columns, trainer_state=TrainerState())
-        if scores.failed.all():
-            raise RuntimeError(
-                f"Reward `{name}` failed for {len(rows)} images in a row; the log above has the reason. What was "
-                "sampled and scored before is kept: the same command goes on from there."
-            )
         (values,) = scores.by_name.values()
         pairs = zip(values.tolist(), scores.failed.tolist(), strict=True)
         return ["nan" if failed else None if math.isnan(value) else value for value, failed in pairs]
@@ -386,6 +450,17 @@ def _scored_by(name: str, scorer: RewardScorer) -> Callable[[Tensor, list[dict]]
 def _measure(images: Tensor, rows: list[dict]) -> list[list[float]]:
     measures = measure_images(images)
     return torch.cat([values.reshape(len(images), -1) for values in measures.values()], 1).double().tolist()
+
+
+def _versions() -> dict[str, list[str]]:
+    """Of each package that is here; a list, to which later runs with others add theirs."""
+    versions = {}
+    for name in _VERSIONS:
+        try:
+            versions[name] = [version(name)]
+        except PackageNotFoundError:  # an extra's
+            continue
+    return versions
 
 
 def _file_name(reward: str) -> str:

@@ -177,8 +177,8 @@ class ChatJudge:
                 return
             reason = f"it has no model {self.model!r} but {models[:10]}"
         raise ServiceUnavailableError(
-            f"Reward `{self.__name__}` has no model server at {self._service.url}: {reason}. Start one (`vllm serve "
-            f"{self.model}`, or SGLang), or correct `base_url` or `model`."
+            f"Reward `{self.__name__}` has no model server at {self._service.url}: {reason}. Start one with vLLM or "
+            f"SGLang, whichever serves {self.model}, or correct `base_url` or `model`."
         )
 
     def _request(self, picture: Image.Image, prompt: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ _BOX_PROCESSORS = {
 @dataclass(frozen=True)
 class Detections:
     """
-    What a detector found in one picture, by falling score; on the CPU.
+    What a detector found in one picture, by falling score. What detectors return is on the CPU.
 
     Args:
         scores (`torch.Tensor` of shape `(N,)`):

@@ -99,8 +99,9 @@ class GenEvalReward(ModelReward):
     | `"bounded"` | [`soft_score`] without two faults of it | [0, 1] |
 
     GenEval's overall score is the mean of the six tags' means, not of all images. Each tag is logged as
-    `geneval/<tag>`. Objects count with a score above `threshold`, in tasks of the tag "counting" above
-    `counting_threshold`, and the first 16 of a class at most. A row without metadata gets `None`.
+    `<name>/<tag>`, e.g. `geneval/counting` or `geneval_strict/counting`. Objects count with a score above `threshold`,
+    in tasks of the tag "counting" above `counting_threshold`, and the first 16 of a class at most. A row without
+    metadata gets `None`.
 
     **Report its numbers as "GenEval (HF detector)".** The architecture is the paper's, Mask2Former with a Swin-S
     backbone, but the paper used the weights that mmdet trained, and these are Meta's own. How far the two differ in
@@ -179,7 +180,7 @@ class GenEvalReward(ModelReward):
         for i, value in zip(asked, values, strict=True):
             rewards[i] = value
             if log_metric is not None:
-                log_metric(f"geneval/{tasks[i].tag}", value)
+                log_metric(f"{self.__name__}/{tasks[i].tag}", value)
         return rewards
 
     def _load(self) -> nn.Module:

@@ -43,6 +43,8 @@ _MAX_RETRY_AFTER = 30.0
 _MAX_REPLY = 16 << 20
 # Characters of a reply that an error shows.
 _EXCERPT = 200
+# Shorter keys are placeholders ("x", "EMPTY"), and may be part of any reply.
+_LEAST_KEY = 8
 
 
 class ServiceError(RewardOutputError):
@@ -86,8 +88,9 @@ class JSONService:
         max_concurrency (`int`):
             Requests under way at one time.
         api_key_env (`str`, *optional*):
-            Environment variable with a key that is sent as `Authorization: Bearer ...`. Neither it nor a reply that
-            repeats it is ever logged.
+            Environment variable with a key that is sent as `Authorization: Bearer ...`. It is never logged: in a
+            reply that repeats it, `***` takes its place before anything else is read; in one of status 200, if it has
+            8 characters or more.
 
     Raises:
         `ValueError`: if an argument is out of its range, or the environment variable is not set.
@@ -191,13 +194,11 @@ class JSONService:
             except httpx2.TransportError as error:
                 reason = f"{type(error).__name__}: {error}"
             else:
-                text = content.decode(errors="replace")
-                if key:
-                    text = text.replace(key, "***")
-                excerpt = repr(text[:_EXCERPT])
+                masked = _masked(content, key)
+                excerpt = repr(masked.decode(errors="replace")[:_EXCERPT])
                 if status == 200:
                     try:
-                        return loads(content)
+                        return loads(masked if key and len(key) >= _LEAST_KEY else content)
                     except ValueError as error:
                         raise ServiceError(f"{url} replied what is not JSON ({_shown(error)}): {excerpt}") from None
                 if status not in _RETRIED:
@@ -286,6 +287,16 @@ def _api_key(variable: str | None) -> str | None:
             "characters without spaces)."
         )
     return key
+
+
+def _masked(content: bytes, key: str | None) -> bytes:
+    """A reply without the key, plain or as JSON may write it."""
+    if key is None:
+        return content
+    in_json = json.dumps(key)[1:-1]
+    for form in (in_json.replace("/", r"\/"), in_json, key):  # the longest first
+        content = content.replace(form.encode(), b"***")
+    return content
 
 
 @functools.cache

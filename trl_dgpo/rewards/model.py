@@ -71,7 +71,7 @@ class ModelReward:
                 model.to("cpu")
 
     def __getstate__(self) -> dict[str, Any]:
-        # Weights do not travel: the copy loads its own.
+        # Weights that were loaded do not travel: the copy loads its own.
         return self.__dict__ | {"_model": None}
 
     def _loaded(self) -> nn.Module:
@@ -122,7 +122,7 @@ def as_pictures(images: "Tensor | Sequence[Image.Image]") -> list[Image.Image]:
                 f"The images are {images.dtype} of shape {tuple(images.shape)}; they must be uint8 and (B, 3, H, W)."
             )
         return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
-    return [image.convert("RGB") for image in images]
+    return [image if image.mode == "RGB" else image.convert("RGB") for image in images]
 
 
 def read_checkpoint(source: str, filename: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
@@ -41,17 +42,22 @@ from .scoring import RewardOutputError, RewardScorer
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from .scoring import RewardFunc
 
 
 logger = logging.getLogger(__name__)
 
-# Pixels of one request's pictures, 200 MB once decoded: a small file can claim any size.
+# Pixels of one request's pictures, 268 MB once unpacked (Pillow keeps 4 bytes each): a small file can claim any size.
 _MAX_PIXELS = 1 << 26
 # Pictures of one request.
 _MAX_IMAGES = 1024
+# Pixels of the pictures that a client sends together: 32 MiB as PNG in base64 if they do not compress at all, half of
+# what a server takes.
+_PART_PIXELS = 1 << 23
+# Requests whose pictures are unpacked at one time: one is scored, the next is ready.
+_UNPACKED = 2
 # Seconds that the rest of a refused request is read for, so that the client gets to read the answer.
 _LINGER = 2.0
 
@@ -68,7 +74,8 @@ class RemoteReward:
         url (`str`):
             Where the server is, e.g. `"http://127.0.0.1:8000"`.
         name (`str`, *optional*):
-            Name in the log; the last part of the url's path if there is one, else `"remote"`.
+            Name in the log; the last part of the url's path if there is one, else host and port
+            (`"127.0.0.1_8000"`).
         timeout (`float`, *optional*, defaults to `60.0`):
             Seconds for one try of one part as a whole. The server scores one part after another, so it must cover
             `max_concurrency` of them, from every process of the run. With a server that is silent, a call takes all
@@ -79,7 +86,8 @@ class RemoteReward:
             `"png"` keeps every bit: the reward is what it would be here. `"jpeg"` (quality 95, colour at full
             resolution) costs a tenth of the time and a third of the bytes, and is another picture.
         batch_size (`int`, *optional*, defaults to `16`):
-            Images of one part.
+            Images of one part at most. Large ones go out fewer at a time: together they have at most 8 Mi pixels
+            (eight of 1024 x 1024), unless a single one has more.
         max_concurrency (`int`, *optional*, defaults to `2`):
             Parts under way at one time: one is packed and unpacked while another is scored.
         columns (`list[str]`, *optional*):
@@ -111,7 +119,8 @@ class RemoteReward:
         self.batch_size = batch_size
         self.columns = columns
         self._service = JSONService(url, timeout=timeout, retries=retries, max_concurrency=max_concurrency)
-        self.__name__ = name or urllib.parse.urlsplit(self._service.url).path.rpartition("/")[2] or "remote"
+        address = urllib.parse.urlsplit(self._service.url)
+        self.__name__ = name or address.path.rpartition("/")[2] or address.netloc.replace(":", "_")
         self._left_out: set[str] = set()  # columns that the log has named
 
     def __call__(
@@ -122,7 +131,7 @@ class RemoteReward:
         **columns: Any,
     ) -> list[float | None]:
         sent = self._carried(columns, len(prompts))
-        parts = [slice(i, min(i + self.batch_size, len(prompts))) for i in range(0, len(prompts), self.batch_size)]
+        parts = self._parts(completions)
         bodies = [partial(self._body, prompts, completions, sent, part) for part in parts]
         rewards: list[float | None] = []
         for part, reply in zip(parts, self._service.post("/score", bodies), strict=True):
@@ -184,6 +193,19 @@ class RemoteReward:
             carried[name] = values
         return carried
 
+    def _parts(self, completions: "list[Image.Image]") -> list[slice]:
+        """What of a batch goes out together."""
+        parts: list[slice] = []
+        pixels = 0
+        for i, picture in enumerate(completions):
+            pixels += picture.width * picture.height
+            if not parts or i - parts[-1].start == self.batch_size or pixels > _PART_PIXELS:
+                parts.append(slice(i, i + 1))
+                pixels = picture.width * picture.height
+            else:
+                parts[-1] = slice(parts[-1].start, i + 1)
+        return parts
+
     def _body(self, prompts: list[str], completions: "list[Image.Image]", columns: dict[str, list], part: slice):
         return {
             "prompts": prompts[part],
@@ -214,15 +236,24 @@ class RemoteReward:
         return [math.nan if i in failed else value for i, value in enumerate(rewards)], metrics
 
 
-def serve(reward: "RewardFunc", *, host: str = "127.0.0.1", port: int = 8000, max_body: int = 64 << 20) -> None:
+def serve(
+    reward: "RewardFunc",
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_body: int = 64 << 20,
+    reward_timeout: float = 600.0,
+) -> None:
     """
     Serve a reward until Ctrl-C.
 
-    The reward is tried on a white picture first, so that its model is loaded before anyone waits for it.
+    The reward is tried on a white picture first, without a time limit, so that its model is loaded before anyone waits
+    for it.
 
     Args:
         reward (callable):
-            Any reward in the keyword form. It is called by one thread at a time.
+            Any reward in the keyword form. It is called once at a time; only a call that was given up may still be
+            under way.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
             Address to listen on. There is no authentication: another than the loopback address is open to all who
             reach it.
@@ -230,13 +261,16 @@ def serve(reward: "RewardFunc", *, host: str = "127.0.0.1", port: int = 8000, ma
             Port.
         max_body (`int`, *optional*, defaults to 64 MiB):
             Bytes of a request.
+        reward_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds that a call of the reward may take, `inf` for no limit. Then its images have failed, and the next
+            request is scored.
 
     Raises:
         `ImportError`: if the reward lacks a package.
         `OSError`: if the port cannot be had.
         `ValueError`: if an argument is out of its range, or the reward's results are not one number an image.
     """
-    with make_server(reward, host=host, port=port, max_body=max_body) as server:
+    with make_server(reward, host=host, port=port, max_body=max_body, reward_timeout=reward_timeout) as server:
         try:
             server.try_out()
             logger.info("Reward `%s` is served at http://%s:%d.", server.name, *server.server_address[:2])
@@ -251,13 +285,14 @@ def make_server(
     host: str = "127.0.0.1",
     port: int = 8000,
     max_body: int = 64 << 20,
+    reward_timeout: float = 600.0,
     patience: float = 30.0,
 ) -> "RewardServer":
     """
     The server of [`serve`], bound to its port and not yet serving.
 
     Args:
-        reward, host, port, max_body:
+        reward, host, port, max_body, reward_timeout:
             See [`serve`]. Port 0 takes a free one: `server.server_address[1]`.
         patience (`float`, *optional*, defaults to `30.0`):
             Seconds that a client may take to send a request's body, or be silent.
@@ -265,13 +300,17 @@ def make_server(
     Returns:
         [`RewardServer`], a `http.server.ThreadingHTTPServer`.
     """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"`port` is {port}; it must be 1 to 65535, or 0 for a free one.")
     if max_body < 1:
         raise ValueError(f"`max_body` is {max_body}; it must be a number of bytes above 0.")
+    if not reward_timeout > 0:
+        raise ValueError(f"`reward_timeout` is {reward_timeout}; it must be a number of seconds above 0, or `inf`.")
     if not host.startswith("127.") and host not in ("localhost", "::1"):
         logger.warning(
             "The reward is served on %s without authentication: all who reach that address can use it.", host
         )
-    return RewardServer(reward, host, port, max_body, patience)
+    return RewardServer(reward, host, port, max_body, reward_timeout, patience)
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -280,11 +319,14 @@ class RewardServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, reward: "RewardFunc", host: str, port: int, max_body: int, patience: float):
-        self.scorer = RewardScorer([reward])
+    def __init__(
+        self, reward: "RewardFunc", host: str, port: int, max_body: int, reward_timeout: float, patience: float
+    ):
+        self.scorer = RewardScorer([reward], timeout=reward_timeout)
         self.name = self.scorer.names[0]
         self.max_body = max_body
         self.patience = patience
+        self.unpacked = threading.BoundedSemaphore(_UNPACKED)
         self.turn = threading.Lock()  # held by the thread whose request is scored
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -295,20 +337,25 @@ class RewardServer(ThreadingHTTPServer):
         try:
             self.scorer.check({})
         except ValueError:
+            logger.warning("Reward `%s` reads columns: what it loads, it loads at the first request.", self.name)
             return
-        reply = self.score(["a white picture"], [Image.new("RGB", (64, 64), "white")], {})
-        if reply["failed"]:
-            logger.warning("Reward `%s` failed on a white picture; see above.", self.name)
+        try:
+            self.scorer.self_test({"prompt": "a white picture"}, 64, 64)
+        except RuntimeError as error:
+            logger.warning("Reward `%s` failed on a white picture.", self.name, exc_info=error.__cause__)
 
     def score(self, prompts: list[str], pictures: list[Image.Image], columns: dict[str, list]) -> dict[str, Any]:
         """The reply to a request."""
         rewards: list[float | None] = [None] * len(prompts)
-        failed, metrics = [], {}
+        failed, metrics, given_up = [], {}, set()
         for size in dict.fromkeys(picture.size for picture in pictures):  # a tensor holds one size
             index = [i for i, picture in enumerate(pictures) if picture.size == size]
             images = torch.stack([torch.from_numpy(np.array(pictures[i])).permute(2, 0, 1) for i in index])
             scores = self.scorer(
-                images, [prompts[i] for i in index], {name: [v[i] for i in index] for name, v in columns.items()}
+                images,
+                [prompts[i] for i in index],
+                {name: [v[i] for i in index] for name, v in columns.items()},
+                given_up=given_up,
             )
             values = scores.by_name[self.name].tolist()
             for i, value, fails in zip(index, values, scores.failed.tolist(), strict=True):
@@ -401,16 +448,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _score(self) -> dict[str, Any]:
         self._at("/score", "/health")
-        prompts, pictures, columns = _parse_request(self._body())
+        prompts, files, columns = _parse_request(self._body())
         try:
             self.server.scorer.check(columns)
         except ValueError as error:
             raise _Refusal(400, str(error)) from None
         try:
-            with self.server.turn:
-                if self._client_has_left():
-                    raise _Refusal(408, "the client left before its turn came")
-                return self.server.score(prompts, pictures, columns)
+            with self.server.unpacked:
+                pictures = _unpack(files)
+                with self.server.turn:
+                    if self._client_has_left():
+                        raise _Refusal(408, "the client left before its turn came")
+                    return self.server.score(prompts, pictures, columns)
         except _Refusal:
             raise
         except (RewardOutputError, ImportError) as error:
@@ -467,7 +516,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.settimeout(self.timeout)
 
 
-def _parse_request(body: bytes) -> tuple[list[str], list[Image.Image], dict[str, list]]:
+def _parse_request(body: bytes) -> tuple[list[str], list[bytes], dict[str, list]]:
     try:
         request = loads(body)
     except ValueError as error:
@@ -483,22 +532,40 @@ def _parse_request(body: bytes) -> tuple[list[str], list[Image.Image], dict[str,
     for name, values in columns.items():
         if not isinstance(values, list) or len(values) != len(prompts):
             raise _Refusal(400, f"`columns` must have one value an image: {name[:100]!r} does not")
-    return prompts, _decode_pictures(images), columns
+    return prompts, _files(images), columns
 
 
-def _decode_pictures(images: list[str]) -> list[Image.Image]:
-    pictures, pixels = [], 0
+def _files(images: list[str]) -> list[bytes]:
+    """The pictures' files. Of their contents only the heads are read."""
+    files, pixels = [], 0
     for i, text in enumerate(images):
-        try:
-            picture = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG", "JPEG"])
-            pixels += picture.width * picture.height  # by the file's head: nothing is unpacked yet
-            if pixels <= _MAX_PIXELS:
-                pictures.append(picture.convert("RGB"))
-        except Exception as error:  # Pillow's readers raise errors of many kinds for a broken file
-            raise _Refusal(400, f"`images[{i}]` is no PNG or JPEG in base64: {type(error).__name__}") from error
+        with _refused_if_broken(i):
+            files.append(base64.b64decode(text, validate=True))
+            picture = _open(files[-1])
+        pixels += picture.width * picture.height
         if pixels > _MAX_PIXELS:
             raise _Refusal(413, f"the pictures up to `images[{i}]` have {pixels} pixels; the limit is {_MAX_PIXELS}")
+    return files
+
+
+def _unpack(files: list[bytes]) -> list[Image.Image]:
+    pictures = []
+    for i, file in enumerate(files):
+        with _refused_if_broken(i):
+            pictures.append(_open(file).convert("RGB"))
     return pictures
+
+
+def _open(file: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(file), formats=["PNG", "JPEG"])
+
+
+@contextmanager
+def _refused_if_broken(i: int) -> "Iterator[None]":
+    try:
+        yield
+    except Exception as error:  # Pillow's readers raise errors of many kinds for a broken file
+        raise _Refusal(400, f"`images[{i}]` is no PNG or JPEG in base64: {type(error).__name__}") from error
 
 
 def _is_list_of_text(value: Any) -> bool:

@@ -4,7 +4,8 @@ Calling reward functions.
 A reward is any callable in TRL's keyword form, `async` or not. It gets the images as `completions` (and, under the
 same content, as `images`), the `prompts`, every other column of the data set by its name, `log_metric(name, value)`
 and `log_extra(column, values)`, and `**kwargs` for what it does not read. It returns one number an image: `None` where
-it does not apply, `NaN` where it failed. An infinite number is a failure too.
+it does not apply, `NaN` where it failed. An infinite number is a failure too. It must not change what it is given: all
+rewards get the same pictures and lists, several at once perhaps (`image.copy()` before `image.thumbnail(...)`).
 
 It may say of itself, by attributes: `__name__`, its name in the log; `input_type`, `"pil"` or `"pt"`; `overlaps`,
 whether it can be called for a part of a round from any thread; `check()`, which raises if it cannot be called now.
@@ -17,8 +18,8 @@ import math
 import os
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, wait
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class Scores(NamedTuple):
         by_name (`dict[str, torch.Tensor]`):
             Each reward alone, `(B,)`, `NaN` where failed or not applicable.
         failed (`torch.Tensor` of shape `(B,)`):
-            Where a reward raised, did not return in time, or returned `NaN` or an infinite number, bool.
+            Where a reward raised, did not return in time, or returned `NaN` or an infinite number, or where the sum is
+            no finite number, bool.
         metrics (`dict[str, list[float]]`):
             What the rewards gave to `log_metric`.
         extra (`dict[str, list]`):
@@ -96,14 +98,15 @@ class RewardScorer:
         weights (`list[float]`, *optional*):
             Weight of each reward in the sum; 1 each if not given.
         timeout (`float`, *optional*):
-            Seconds that a call may take. One that takes longer has failed for all its images and is not retried. It
-            is left to itself, in a thread of its own that does not keep the interpreter from ending, and what it logs
-            or returns later is not read. If not given or infinite, there is no limit, and calls are made in the
-            caller's thread.
+            Seconds that a call may take, and those of a retry all together. One that takes longer has failed for all
+            its images and is not retried. It is left to itself, in a thread of its own that does not keep the
+            interpreter from ending, and what it logs or returns later is not read. If not given or infinite, there is
+            no limit, and calls are made in the caller's thread.
 
     Raises:
-        `TypeError`: if a reward is not callable or does not take `**kwargs`.
-        `ValueError`: if there is no reward, two have one name, an `input_type` is unknown or the weights do not match.
+        `TypeError`: if a reward is not callable, or cannot be called by keyword alone with more than it reads.
+        `ValueError`: if there is no reward, two have one name, an `input_type` is unknown, or the weights do not match
+            or are not finite.
     """
 
     def __init__(
@@ -128,8 +131,11 @@ class RewardScorer:
                 f"`reward_weights` has {len(self.weights)} numbers for {len(self.funcs)} rewards ({self.names}); give "
                 "one each."
             )
+        if not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"`reward_weights` is {self.weights}; each must be a finite number.")
         self.timeout = None if timeout == math.inf else timeout
         self._traced: set[str] = set()  # rewards whose first traceback is in the log
+        self._untried: set[str] = set()  # rewards whose first call has no time limit
 
     def __call__(
         self,
@@ -160,17 +166,22 @@ class RewardScorer:
             [`Scores`].
 
         Raises:
-            `RewardOutputError`: if a reward returns the wrong kind or number of results (a `ValueError`).
+            `RewardOutputError`: if a reward returns the wrong kind or number of results, or changes the images' tensor
+                (a `ValueError`).
             `ValueError`: if a reward lacks a column, or a column has the name of what rewards are given anyway.
         """
         self.check(columns, context)
         given_up = set() if given_up is None else given_up
         batch = self._batch(images, prompts, columns, context)
         called = [(f, name) for f, name in zip(self.funcs, self.names, strict=True) if name not in given_up]
-        calls = {name: _Call(func, batch, self.timeout) for func, name in called}  # asynchronous ones run from here on
+        limits = {name: self._no_limit if name in self._untried else self.timeout for name in self.names}
+        calls = {name: _Call(func, batch, limits[name]) for func, name in called}  # asynchronous ones run from here on
         outcomes = {name: ([math.nan] * len(prompts), _Log(len(prompts))) for name in self.names}
+        version = _version(images)
         for func, name in sorted(called, key=lambda pair: _is_async(pair[0])):
             outcomes[name] = self._score(func, name, batch, calls[name], given_up)
+            if _version(images) != version:
+                raise RewardOutputError(f"Reward `{name}` changed the images in place; let it work on a copy.")
 
         log, failed = _Log(len(prompts)), torch.zeros(len(prompts), dtype=torch.bool)
         for values, of_reward in outcomes.values():
@@ -197,7 +208,7 @@ class RewardScorer:
             part = None
             if chosen:
                 part = RewardScorer([self.funcs[i] for i in chosen], [self.weights[i] for i in chosen], self.timeout)
-                part._traced = self._traced
+                part._traced, part._untried = self._traced, self._untried
             parts.append(part)
         return parts[0], parts[1]
 
@@ -219,14 +230,15 @@ class RewardScorer:
         failed = torch.stack([part.failed for part in parts]).any(0)
         return self._summed({name: by_name[name] for name in self.names}, failed, log.metrics, log.extra)
 
-    def self_test(self, row: dict[str, Any], height: int, width: int, **context) -> None:
+    def self_test(self, row: dict[str, Any] | None, height: int, width: int, **context) -> None:
         """
         Call each reward once, with a white image and without the time limit: a first call may download a model.
 
-        A reward that has a method `check()` is asked by that first. Nothing is kept of what rewards return or log.
+        Those that have a method `check()` are asked by that first. Nothing is kept of what rewards return or log.
+        Without a row there is no call; then calls have no time limit until the reward's first has come to an end.
 
         Args:
-            row (`dict[str, Any]`):
+            row (`dict[str, Any]`, *optional*):
                 A row of the data set, with its `prompt`.
             height (`int`):
                 Height of the image in pixels.
@@ -240,18 +252,28 @@ class RewardScorer:
             `ImportError`: if it says that a package is missing.
             `RewardOutputError`, `ValueError`: as of [`~RewardScorer.__call__`].
         """
+        for func, name in zip(self.funcs, self.names, strict=True):
+            health = _attribute(func, "check", None)
+            try:
+                if callable(health):
+                    health()
+            except _NOT_THE_IMAGES_FAULT:
+                raise
+            except Exception as error:
+                raise RuntimeError(
+                    f"Reward `{name}` raised {error!r} when it was asked by its `check()` whether it can be called. "
+                    "Mend that; `reward_self_test=False` does not ask."
+                ) from error
+        if row is None:
+            self._untried.update(self.names)
+            return
         columns = {name: [cell] for name, cell in row.items() if name != "prompt"}
         self.check(columns, context)
         white = torch.full((1, 3, height, width), 255, dtype=torch.uint8)
         batch = self._batch(white, [row["prompt"]], columns, context)
         for func, name in zip(self.funcs, self.names, strict=True):
             try:
-                health = _attribute(func, "check", None)
-                if callable(health):
-                    health()
-                # In a thread where training calls it in one: not every reward can be.
-                unlimited = None if self.timeout is None else math.inf
-                [value] = _checked(_Call(func, batch, unlimited).result(), name, 1)
+                [value] = _checked(_Call(func, batch, self._no_limit).result(), name, 1)
             except _NOT_THE_IMAGES_FAULT:
                 raise
             except Exception as error:
@@ -292,6 +314,11 @@ class RewardScorer:
                     f"Reward `{name}` needs {missing}, but the data set's other columns are {sorted(columns)}."
                 )
 
+    @property
+    def _no_limit(self) -> float | None:
+        # In a thread where training calls rewards in one: not every reward can be.
+        return None if self.timeout is None else math.inf
+
     def _batch(self, images: Tensor, prompts: list[str], columns: dict[str, list], context: dict) -> "_Batch":
         forms: dict[str, Sequence] = {"pt": images}
         if any(_input_type(func) == "pil" for func in self.funcs):
@@ -303,6 +330,14 @@ class RewardScorer:
         for values, weight in zip(by_name.values(), self.weights, strict=True):
             total += weight * values.nan_to_num(0.0)
             applies |= ~values.isnan()
+        too_large = applies & ~failed & ~total.isfinite()
+        if too_large.any():
+            logger.warning(
+                "The weighted sum of %s is no finite number for %d images; they are masked.",
+                self.names,
+                int(too_large.sum()),
+            )
+        failed = failed | too_large
         return Scores(total.masked_fill(~applies | failed, math.nan), by_name, failed, dict(metrics), extra)
 
     def _score(
@@ -316,7 +351,7 @@ class RewardScorer:
         except _NOT_THE_IMAGES_FAULT:
             raise
         except _OutOfTime:
-            self._give_up(name, size, given_up)
+            self._give_up(name, f"a batch of {size}", given_up)
             return [math.nan] * size, log
         except Exception as error:
             logger.warning(
@@ -327,19 +362,24 @@ class RewardScorer:
                 exc_info=None if name in self._traced else error,
             )
             self._traced.add(name)
+        finally:
+            self._untried.discard(name)
         values: list[float | None] = []
         images = [batch.image(i) for i in range(size)]
         calls = [_Call(func, image, self.timeout) for image in images]
+        began = time.monotonic()
         for i, (image, call) in enumerate(zip(images, calls, strict=True)):
             try:
-                if name in given_up and not _is_async(func):  # an asynchronous call has begun, and its time runs
-                    raise _OutOfTime
+                if self.timeout is not None and not _is_async(func):  # those have all begun, and their time runs
+                    call.timeout = self.timeout - (time.monotonic() - began)
+                    if name in given_up or call.timeout <= 0:
+                        raise _OutOfTime
                 values += self._take(call, name, image, log, i)
             except _NOT_THE_IMAGES_FAULT:
                 raise
             except _OutOfTime:
                 values.append(math.nan)
-                self._give_up(name, 1, given_up)
+                self._give_up(name, f"{size} images, one by one", given_up)
             except Exception as error:
                 logger.warning(
                     "Reward `%s` raised %r for prompt %r; the image is masked.", name, error, *image.prompts
@@ -355,14 +395,14 @@ class RewardScorer:
                 logger.warning("Reward `%s` returned %s for prompt %r; the image is masked.", name, value, prompt)
         return [math.nan if value is not None and not math.isfinite(value) else value for value in values]
 
-    def _give_up(self, name: str, size: int, given_up: set[str]) -> None:
+    def _give_up(self, name: str, asked: str, given_up: set[str]) -> None:
         if name not in given_up:
             logger.error(
-                "Reward `%s` did not return within %g seconds (`reward_timeout`) for a batch of %d: the images are "
-                "masked, and it is not called again in this round. Raise `reward_timeout` if it is only slow.",
+                "Reward `%s` did not return within %g seconds (`reward_timeout`) for %s: the images are masked, "
+                "and it is not called again in this round. Raise `reward_timeout` if it is only slow.",
                 name,
                 self.timeout,
-                size,
+                asked,
             )
         given_up.add(name)
 
@@ -477,7 +517,10 @@ class _Call:
 
     async def _awaited(self, same_device: Callable[[], None]) -> Any:
         same_device()
-        return await self._call()
+        try:
+            return await self._call()
+        except (KeyboardInterrupt, SystemExit) as error:  # either would leave the loop, with the others' calls on it
+            raise RuntimeError(f"an asynchronous reward raised {error!r}") from error
 
 
 class _OutOfTime(Exception):
@@ -495,16 +538,18 @@ class FailureWindow:
     """
     Stops a run whose rewards keep failing.
 
+    It is not part of a checkpoint: a resumed run begins to count anew.
+
     Args:
         size (`int`, *optional*, defaults to `100`):
-            Scored images that are looked back upon.
+            Scored images that are looked back upon; a batch that has more is looked at wholly.
         max_rate (`float`, *optional*, defaults to `0.1`):
             Largest tolerated part of them.
     """
 
     def __init__(self, size: int = 100, max_rate: float = 0.1):
-        self.max_rate = max_rate
-        self._failures: deque[bool] = deque(maxlen=size)
+        self.size, self.max_rate = size, max_rate
+        self._failures: list[bool] = []
 
     def update(self, failed: Tensor) -> None:
         """
@@ -517,7 +562,7 @@ class FailureWindow:
         Raises:
             `RuntimeError`: if all of the batch failed, or two or more and above `max_rate` of the last images did.
         """
-        self._failures.extend(failed.tolist())
+        self._failures = [*self._failures, *failed.tolist()][-max(self.size, len(failed)) :]
         count = sum(self._failures)
         if failed.all() or (count >= 2 and count > self.max_rate * len(self._failures)):
             raise RuntimeError(
@@ -575,12 +620,26 @@ _NOT_THE_IMAGES_FAULT = (RewardOutputError, ImportError)
 
 
 def _checked(output: object, name: str, expected: int) -> list[float | None]:
+    kind, shape = type(output).__name__, getattr(output, "shape", (expected,))
+    if inspect.iscoroutine(output):
+        output.close()  # Python would warn that nobody awaited it
+        raise RewardOutputError(
+            f"Reward `{name}` returned a coroutine; declare it `async def`, so that it is awaited."
+        )
+    if isinstance(output, Iterator):
+        raise RewardOutputError(
+            f"Reward `{name}` returned a {kind}, which gives its values one by one; return a list."
+        )
+    # An order is part of the answer; bytes would pass for numbers.
+    if isinstance(output, (str, bytes, Mapping, Set)) or not hasattr(output, "__len__"):
+        raise RewardOutputError(f"Reward `{name}` returned {kind}; it must return a list of {expected} numbers.")
+    if len(shape) != 1:
+        raise RewardOutputError(
+            f"Reward `{name}` returned {kind} of shape {tuple(shape)}; it must return one number an image, of shape "
+            f"({expected},)."
+        )
     if isinstance(output, Tensor):
         output = output.tolist()
-    if isinstance(output, str) or not hasattr(output, "__len__"):
-        raise RewardOutputError(
-            f"Reward `{name}` returned {type(output).__name__}; it must return a list of {expected} numbers."
-        )
     if len(output) != expected:
         raise RewardOutputError(
             f"Reward `{name}` returned {len(output)} values for {expected} images; it must return one each."
@@ -591,6 +650,8 @@ def _checked(output: object, name: str, expected: int) -> list[float | None]:
 def _number(value: object, name: str) -> float:
     try:
         return value.__float__()  # not float(value), which would read a string
+    except OverflowError:  # an integer beyond any float
+        return math.inf
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise RewardOutputError(
             f"Reward `{name}` returned {value!r} of type {type(value).__name__}; each value must be a number or None."
@@ -605,6 +666,12 @@ def _check_callable(func: object) -> None:
     if _input_type(func) not in ("pil", "pt"):
         raise ValueError(f"Reward `{_name(func)}` has `input_type` {_input_type(func)!r}; it must be 'pil' or 'pt'.")
     parameters = inspect.signature(func).parameters.values()
+    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    if by_position := [parameter.name for parameter in required if parameter.kind is parameter.POSITIONAL_ONLY]:
+        raise TypeError(
+            f"Reward `{_name(func)}` takes {by_position} by position alone, and rewards are called by keyword; leave "
+            "out the `/`."
+        )
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         raise TypeError(
             f"Reward `{_name(func)}` must take `**kwargs`: it is called with `prompts`, `completions`, `images`, "
@@ -619,6 +686,11 @@ def _required(func: object) -> list[str]:
         if parameter.default is inspect.Parameter.empty
         and parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     ]
+
+
+def _version(images: Tensor) -> int:
+    """A number that grows when a tensor is changed; inference tensors keep none."""
+    return 0 if images.is_inference() else images._version
 
 
 def _name(func: object) -> str:
@@ -670,7 +742,11 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
             def run() -> None:
                 torch.set_grad_enabled(False)  # of this thread
-                loop.run_forever()
+                while True:
+                    try:
+                        loop.run_forever()
+                    except BaseException as error:  # of a task that a reward began; calls under way must not hang
+                        logger.error("%r left the event loop of asynchronous rewards, which goes on.", error)
 
             threading.Thread(target=run, daemon=True).start()
         return loop

@@ -126,6 +126,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.eval_scorer = (
             scorer if eval_reward_funcs is None else RewardScorer(eval_reward_funcs, timeout=args.reward_timeout)
         )
+        _check_reward_limits(args, self.scorer, self.eval_scorer)
         for name, dataset in _named(eval_dataset).items():
             self.eval_scorer.check(dataset_columns(name, dataset), REWARD_CONTEXT)
         _check_best_metric(args, eval_dataset)
@@ -354,12 +355,30 @@ class DiffusionTrainer(_BaseTrainer):
         tested = {self.scorer: [train_dataset]}  # once, where evaluation has the same
         tested.setdefault(self.eval_scorer, []).extend(_named(eval_dataset).values())
         for scorer, datasets in tested.items():
-            if rows := [row for dataset in datasets for row in _first_rows(dataset, 1)]:
-                scorer.self_test(rows[0], args.height, args.width, trainer_state=TrainerState())
+            row = next((row for dataset in datasets for row in _first_rows(dataset, 1)), None)
+            if datasets:
+                scorer.self_test(row, args.height, args.width, trainer_state=TrainerState())
 
     def _score(self, scorer: RewardScorer, images: Tensor, rows: list[dict], **options) -> Scores:
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         return scorer(images, [row["prompt"] for row in rows], columns, trainer_state=self.state, **options)
+
+    @contextmanager
+    def _raising_together(self) -> Iterator[None]:
+        """What is raised in here by one process is told to all, which would wait for it at the next gathering."""
+        if self.args.world_size == 1:
+            yield
+            return
+        error = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        told = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
+        if error is not None:
+            raise error
+        if others := [f"process {rank}: {text}" for rank, text in enumerate(told) if text is not None]:
+            raise RuntimeError(f"Scoring failed in {len(others)} of {len(told)} processes. " + "; ".join(others))
 
     def _gather(self, values: Tensor) -> Tensor:
         # One process keeps its float64, which not every device has.
@@ -442,8 +461,10 @@ class DiffusionTrainer(_BaseTrainer):
         if rows:
             images = self.generate([row["prompt"] for row in rows], num_images=args.eval_num_images)
             rows = [row for row in rows for _ in range(args.eval_num_images)]
-            # Numbers alone: not the pictures, and not `extra`, which may be anything.
-            mine = [(self._score(self.eval_scorer, images, rows)._replace(extra={}), measure_images(images))]
+        with self._raising_together():
+            if rows:
+                # Numbers alone: not the pictures, and not `extra`, which may be anything.
+                mine = [(self._score(self.eval_scorer, images, rows)._replace(extra={}), measure_images(images))]
         shards = gather_object(mine)
         measures = {name: torch.cat([shard[name] for _, shard in shards]) for name in shards[0][1]}
         metrics = evaluation_metrics(Scores.cat([scores for scores, _ in shards]), measures, prefix)
@@ -927,6 +948,19 @@ def _check_arguments(model: Any, args: DGPOConfig, peft_config: Any, quantizatio
     if quantization_config is not None and not torch.cuda.is_available():
         raise ValueError(
             "`quantization_config` needs a CUDA device: diffusers quantises nowhere else. Leave it out here."
+        )
+
+
+def _check_reward_limits(args: DGPOConfig, *scorers: RewardScorer) -> None:
+    number = max(len(scorer.funcs) for scorer in scorers)
+    if args.world_size > 1 and number * args.reward_timeout >= args.ddp_timeout:
+        logger.warning(
+            "The rewards' limits together (%d x `reward_timeout`, %g seconds) are no shorter than `ddp_timeout` (%g): "
+            "where rewards hang in one process, the others end before it gives them up. Lower the first or raise the "
+            "second.",
+            number,
+            args.reward_timeout,
+            args.ddp_timeout,
         )
 
 

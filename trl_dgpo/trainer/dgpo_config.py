@@ -90,13 +90,15 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         max_workers (`int`, *optional*, defaults to `2`):
             Threads of `async_reward_computation`.
         reward_timeout (`float`, *optional*, defaults to `600.0`):
-            Seconds that a call of a reward may take. One that takes longer has failed for all its images, which are
-            masked, and its thread is left behind. With several processes `ddp_timeout` must be longer. `inf` for no
-            limit; rewards are then called in the trainer's own thread, which some insist on.
+            Seconds that a call of a reward may take, and those of a retry all together. One that takes longer has
+            failed for all its images, which are masked, and its thread is left behind. With several processes
+            `ddp_timeout` must be longer than all rewards' limits together. `inf` for no limit; rewards are then called
+            in the trainer's own thread, which some insist on.
         reward_self_test (`bool`, *optional*, defaults to `True`):
             Call every reward once before the model is loaded, with a white image and the first row of its data set, so
-            that a broken one is found at once. To a reward that keeps count this is one more call. Prompts of a
-            `prompt_function` are not drawn for it: there is no test.
+            that a broken one is found at once. To a reward that keeps count this is one more call. It has no time
+            limit, since a first call may download a model. Prompts of a `prompt_function` are not drawn for it:
+            rewards are only asked by their `check()`, and the first call of training is the one without a limit.
 
         > Parameters that control the objective
 
@@ -476,6 +478,8 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             )
         if not 0 <= self.prompt_dropout < 1:
             raise ValueError(f"`prompt_dropout` is {self.prompt_dropout}; it is a probability and must be in [0, 1).")
+        if self.reward_weights is not None and not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"`reward_weights` is {self.reward_weights}; each must be a finite number.")
         for name in ("beta", "clip_range", "advantage_clip"):
             value = getattr(self, name)
             optional = name != "beta"

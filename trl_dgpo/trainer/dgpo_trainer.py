@@ -512,8 +512,6 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         )
         frac_zero_std = zero_variance(weighed, group_index).float().mean().item()
         self._log_rewards(rewards, group_index, frac_zero_std, advantages, by_name)
-        if taken := [name for name in scores.metrics if name in _OWN_METRICS or name.startswith(_OWN_PREFIXES)]:
-            raise ValueError(f"A reward logs {taken} by `log_metric`, which are the trainer's own names. Rename them.")
         for name, values in scores.metrics.items():
             self._metrics[name] += values
         own = slice(args.process_index * len(rows), (args.process_index + 1) * len(rows))
@@ -569,17 +567,20 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
                     images.append(pictures)
                     if arriving is not None:
                         scoring.append(pool.submit(self._score_arriving, arriving, pictures, rows[part], given_up))
+                    if args.world_size == 1:  # else the others sample on, and some engines need every process for it
                         for failed in (job for job in scoring if job.done() and job.exception()):
                             failed.result()  # now, not when all is sampled
             self._stopwatch.start("reward")
             images = torch.cat([pictures.wait() for pictures in images])
-            if whole is not None:
-                scores.append(self._score(whole, images, rows))
-            if arriving is not None:
-                scores.append(Scores.cat([job.result() for job in scoring]))
+            with self._raising_together():
+                if whole is not None:
+                    scores.append(self._score(whole, images, rows))
+                if arriving is not None:
+                    scores.append(Scores.cat([job.result() for job in scoring]))
+                scores = _checked_log(self.scorer.merge(scores))
         finally:
             pool.shutdown(cancel_futures=True)  # where an exception leaves, what has not begun is dropped
-        return torch.cat(x0), images, self.scorer.merge(scores)
+        return torch.cat(x0), images, scores
 
     def _score_arriving(
         self, scorer: RewardScorer, pictures: OnTheWay, rows: list[dict], given_up: set[str]
@@ -727,6 +728,12 @@ def _room_for(x0: Tensor, prediction: Tensor, is_offloaded: bool) -> Tensor:
 def _like(rows: slice | Tensor, other: Tensor) -> slice | Tensor:
     """Rows as an index of a tensor that may wait on the CPU."""
     return rows if isinstance(rows, slice) else rows.to(other.device)
+
+
+def _checked_log(scores: Scores) -> Scores:
+    if taken := [name for name in scores.metrics if name in _OWN_METRICS or name.startswith(_OWN_PREFIXES)]:
+        raise ValueError(f"A reward logs {taken} by `log_metric`, which are the trainer's own names. Rename them.")
+    return scores
 
 
 def _checked_prompt(row: Any) -> str:
