@@ -350,16 +350,10 @@ def test_train_then_evaluate_then_sample(recipe, capsys, tmp_path):
 
 def test_a_recipe_of_two_weighted_rewards_is_evaluated_and_drawn(recipe, tmp_path):
     rewards = str(tmp_path / "rewards.py") + ":brightness"
-    flags = [
-        "--config",
-        str(recipe),
-        "--reward_funcs",
-        rewards,
-        "jpeg-incompressibility",
-        "--reward_weights",
-        "2",
-        "3",
-    ]
+    lines = [line for line in recipe.read_text().splitlines() if not line.startswith("reward_funcs")]
+    lines += [f"reward_funcs: [{json.dumps(rewards)}, jpeg-incompressibility]", "reward_weights: [2, 3]"]
+    recipe.write_text("\n".join(lines))
+    flags = ["--config", str(recipe)]
     output = tmp_path / "numbers.json"
     assert main(["evaluate", *flags, "--output", str(output)]) == 0
     weighted = json.loads(output.read_text())
