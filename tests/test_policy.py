@@ -585,6 +585,7 @@ def test_diffusers_reads_the_full_weights(view, tmp_path):
 # -- sharded
 
 
+@pytest.mark.slow
 def test_views_of_a_sharded_model(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))

@@ -769,15 +769,10 @@ def scrambled_policy(backbone: SD3Backbone) -> Policy:
     return policy
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize(
-    ("views", "checkpointing"),
-    [
-        (("old",), True),
-        pytest.param((None, "base", "old", "ema"), False, marks=pytest.mark.slow),
-        pytest.param((None, "base", "old", "ema"), True, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("views", [("old",), (None, "base", "old", "ema")])
 def test_compiled_blocks_give_what_plain_ones_give(views, checkpointing):
     outputs, backend = [], CountingBackend()
     for compiled in (False, True):

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -632,7 +633,13 @@ serve(mine, port=0)
 def test_serve_needs_little_and_ends_cleanly(tmp_path):
     root = Path(__file__).parents[2]
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], cwd=root, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SCRIPT],
+        cwd=root,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell lets what it starts in the background ignore Ctrl-C, and that is passed on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         line = process.stderr.readline()
@@ -640,7 +647,7 @@ def test_serve_needs_little_and_ends_cleanly(tmp_path):
         client = RemoteReward(url, timeout=60)
         client.check()
         assert client(["p"] * 3, noise(3)) == [sum(image.tobytes()) / 7 for image in noise(3)]
-        process.send_signal(2)  # Ctrl-C
+        process.send_signal(signal.SIGINT)  # Ctrl-C
         output, errors = process.communicate(timeout=120)
     finally:
         process.kill()

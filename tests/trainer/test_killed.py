@@ -38,6 +38,7 @@ def test_killed_at_random_moments_and_resumed_is_never_killed(tmp_path, processe
     assert report["equal"] == [True] * processes
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_starts_a_fresh_round_and_says_so(tmp_path):
     report = in_a_fresh_process("fewer", tmp_path)
     assert report["steps"] == 7
