@@ -1,6 +1,7 @@
 """The command line as a user types it: recipes, flags, prompts, rewards, and what a mistake looks like."""
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -42,6 +43,12 @@ def interrupted(images, **kwargs):
         raise KeyboardInterrupt
     return brightness(images)
 """
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    yield
+    logging.getLogger("trl_dgpo").setLevel(logging.NOTSET)  # `serve-reward` says where it serves
 
 
 @pytest.fixture(scope="module")
