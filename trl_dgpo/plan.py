@@ -50,7 +50,7 @@ from torch import nn
 from .backbones import access, check_family, read_index
 from .backbones.sd3 import DECODED_PIXELS, SD3Backbone
 from .policy import lora_config
-from .tiny import tiny_pipeline_path
+from .tiny import BUNDLED, pipeline_source
 
 
 GIB = 2**30
@@ -314,10 +314,10 @@ def read_model(model: str | os.PathLike, args: Any, *, peft_config: LoraConfig |
     init_kwargs = dict(args.model_init_kwargs or {})
     revision = init_kwargs.pop("revision", None)
     name = os.fspath(model)
-    start = None if name == "tiny" else _read_lora(name, revision, access(init_kwargs))
+    start = None if name == BUNDLED else _read_lora(name, revision, access(init_kwargs))
     if start is not None:
         model, revision, peft_config = start.base_model_name_or_path, start.revision, start
-    source = tiny_pipeline_path() if os.fspath(model) == "tiny" else os.fspath(model)
+    source = pipeline_source(os.fspath(model))
     index = read_index(source, revision, access(init_kwargs))
     check_family({index["_class_name"]}, f"{source!r}, a {index['_class_name']}")
     left_out = {name for name, value in init_kwargs.items() if value is None}

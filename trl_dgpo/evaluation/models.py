@@ -12,7 +12,7 @@ import torch
 
 from ..backbones import access, load_backbone, read_index
 from ..policy import read_adapter
-from ..tiny import tiny_pipeline_path
+from ..tiny import BUNDLED, pipeline_source
 
 
 def load_with_lora(model: str, lora: str, *, init_kwargs: dict[str, Any] | None = None, **loading) -> Any:
@@ -39,8 +39,7 @@ def load_with_lora(model: str, lora: str, *, init_kwargs: dict[str, Any] | None 
 
     where = access(init_kwargs or {})
     is_peft = read_adapter(lora, **where) is not None
-    source = tiny_pipeline_path() if model == "tiny" else model
-    pipeline = load_backbone(source, init_kwargs=init_kwargs, **loading).pipeline
+    pipeline = load_backbone(pipeline_source(model), init_kwargs=init_kwargs, **loading).pipeline
     if is_peft:
         pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, lora, **where)
     else:
@@ -70,11 +69,11 @@ def check_models(model: str, loras: list[str], *, init_kwargs: dict[str, Any] | 
     where, revision = access(init_kwargs or {}), (init_kwargs or {}).get("revision")
     for lora in loras:
         model_record(lora, is_lora=True)  # refuses what is none
-    if model != "tiny" and read_adapter(model, **where) is not None:
+    if model != BUNDLED and read_adapter(model, **where) is not None:
         if loras:
             raise ValueError(f"`model` is {model!r}, a LoRA itself. Give its base as `model`, and it among `lora`.")
         return
-    source = tiny_pipeline_path() if model == "tiny" else model
+    source = pipeline_source(model)
     index = read_index(source, revision, where)
     library, class_name = index["transformer"]
     transformer_class = getattr(import_module(library), class_name)

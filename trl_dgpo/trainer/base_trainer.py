@@ -62,7 +62,7 @@ from ..policy import Adapter, Policy, lora_config, read_adapter, take_adapter
 from ..prompt_embeds import precompute
 from ..rewards.scoring import RewardFunc, RewardScorer, Scores
 from ..run_files import aside, publish, publish_files, restore_replaced
-from ..tiny import tiny_pipeline_path
+from ..tiny import BUNDLED, pipeline_source
 from .dgpo_config import DGPOConfig
 
 
@@ -77,7 +77,6 @@ _OWN_FIELDS = {field.name for field in dataclasses.fields(DGPOConfig)} - {
 
 Model = str | os.PathLike | DiffusionPipeline | PeftModel
 
-_BUNDLED = "tiny"
 PROMPTS_AHEAD = 256  # encoded at once before they are sampled from
 REWARD_CONTEXT = ("trainer_state",)
 
@@ -247,7 +246,7 @@ class DiffusionTrainer(_BaseTrainer):
         elif isinstance(model, DiffusionPipeline):
             if hasattr(model, "transformer"):
                 model.transformer, start = take_adapter(model.transformer)
-        elif model != _BUNDLED and isinstance(model, (str, os.PathLike)):
+        elif model != BUNDLED and isinstance(model, (str, os.PathLike)):
             start = read_adapter(model, revision=revision, **access(init_kwargs))
         if start is not None and not isinstance(model, DiffusionPipeline):
             # On the Hub the revision given is the LoRA's; its configuration names the base model's.
@@ -262,7 +261,7 @@ class DiffusionTrainer(_BaseTrainer):
                 )
             model = start.base_model
         self.backbone = load_backbone(
-            tiny_pipeline_path() if model == _BUNDLED else model,
+            pipeline_source(model),
             revision=revision,
             dtype=None if isinstance(model, DiffusionPipeline) else _load_dtype(args),
             init_kwargs=init_kwargs,
@@ -277,7 +276,7 @@ class DiffusionTrainer(_BaseTrainer):
         )
         # A folder of this installation would name nothing elsewhere.
         self._base_revision = revision
-        name = _BUNDLED if model == _BUNDLED else self.backbone.pipeline.config.get("_name_or_path")
+        name = BUNDLED if model == BUNDLED else self.backbone.pipeline.config.get("_name_or_path")
         self.base_model = None if name is None else os.fspath(name)
         return start
 
