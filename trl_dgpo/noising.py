@@ -96,9 +96,9 @@ def unshift(sigma: Tensor | float, factor: float) -> Tensor | float:
     return sigma / (factor - (factor - 1) * sigma)
 
 
-def trainable_levels(sigmas: Tensor, t_min: float, shift_factor: float) -> Tensor:
+def trainable_levels(sigmas: Tensor, t_min: float, shift_factor: float, *, t_max: float = 1.0) -> Tensor:
     r"""
-    Indices of a rollout grid's noisy prefix: the levels that are trained on.
+    Indices of a rollout grid's levels that are trained on: its noisy prefix, or a band of it.
 
     DGPO's timestep clip ([2510.08425](https://huggingface.co/papers/2510.08425)) trains on \\( t \in
     [t_{\min}, 1] \\) alone, since a few-step rollout has its artefacts at low noise. Here \\( t \\) is a level before
@@ -113,16 +113,19 @@ def trainable_levels(sigmas: Tensor, t_min: float, shift_factor: float) -> Tenso
             Smallest level, before the shift, in [0, 1). 0 keeps the whole grid.
         shift_factor (`float`):
             The grid's shift.
+        t_max (`float`, *optional*, defaults to `1.0`):
+            Largest level, before the shift, kept with the same tolerance.
 
     Returns:
         `torch.Tensor` of shape `(K,)`, int64.
     """
-    return torch.nonzero(unshift(sigmas, shift_factor) >= t_min - 0.005).flatten()
+    u = unshift(sigmas, shift_factor)
+    return torch.nonzero((u >= t_min - 0.005) & (u <= t_max + 0.005)).flatten()
 
 
-def continuous_levels(uniform: Tensor, t_min: float, shift_factor: float) -> Tensor:
+def continuous_levels(uniform: Tensor, t_min: float, shift_factor: float, *, t_max: float = 1.0) -> Tensor:
     r"""
-    Levels of the paper's continuous form: \\( u \sim U[t_{\min}, 1] \\), then shifted.
+    Levels of the paper's continuous form: \\( u \sim U[t_{\min}, t_{\max}] \\), then shifted.
 
     Args:
         uniform (`torch.Tensor` of shape `(M,)`):
@@ -131,11 +134,13 @@ def continuous_levels(uniform: Tensor, t_min: float, shift_factor: float) -> Ten
             Smallest level before the shift, in [0, 1).
         shift_factor (`float`):
             The rollout grid's shift, so that the density is that of the grid.
+        t_max (`float`, *optional*, defaults to `1.0`):
+            Largest level before the shift.
 
     Returns:
         `torch.Tensor` of shape `(M,)`.
     """
-    return shift(t_min + (1 - t_min) * uniform, shift_factor)
+    return shift(t_min + (t_max - t_min) * uniform, shift_factor)
 
 
 def flow_sde_step(

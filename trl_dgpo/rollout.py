@@ -35,6 +35,9 @@ class Rollout:
         group_index (`torch.Tensor` of shape `(B,)`):
             Number of each rollout's group within the round, over all processes, in ascending order. Two groups of one
             prompt have two numbers.
+        number_in_group (`torch.Tensor` of shape `(B,)`, *optional*):
+            Each rollout's own number within its group. Counted here if not given, which is right only where no group
+            is cut.
         group_sizes (`torch.Tensor` of shape `(N,)`, *optional*):
             Valid rollouts of each whole group, wherever they are. Counted here if not given, which is right only where
             no group is cut.
@@ -48,10 +51,15 @@ class Rollout:
     rewards: Tensor
     advantages: Tensor
     group_index: Tensor
+    number_in_group: Tensor | None = None
     group_sizes: Tensor | None = None
 
     def __post_init__(self):
-        sizes = {name: len(getattr(self, name)) for name in ("x0", "rewards", "advantages", "group_index")}
+        if self.number_in_group is None:
+            counts = torch.unique_consecutive(self.group_index, return_counts=True)[1].tolist()
+            numbers = [torch.arange(count) for count in counts]
+            object.__setattr__(self, "number_in_group", torch.cat(numbers) if numbers else self.group_index)
+        sizes = {name: len(getattr(self, name)) for name in self._per_image()}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"A rollout needs one row an image in every field, but the lengths are {sizes}.")
         shapes = {name: tuple(getattr(self, name).shape) for name in ("rewards", "advantages", "group_index")}
@@ -101,13 +109,11 @@ class Rollout:
         size = count // num_parts
         rows = slice(index * size, (index + 1) * size)
         groups = slice(int(self.local_index[rows][0]), int(self.local_index[rows][-1]) + 1)
-        return Rollout(
-            x0=self.x0[rows],
+        return replace(
+            self,
             conditioning={name: value[groups] for name, value in self.conditioning.items()},
-            rewards=self.rewards[rows],
-            advantages=self.advantages[rows],
-            group_index=self.group_index[rows],
             group_sizes=self.group_sizes[groups],
+            **{name: getattr(self, name)[rows] for name in self._per_image()},
         )
 
     def to(self, device: torch.device | str) -> "Rollout":
@@ -117,6 +123,9 @@ class Rollout:
 
     def state_dict(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def _per_image(self) -> list[str]:
+        return [field.name for field in fields(self) if field.name not in ("conditioning", "group_sizes")]
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Rollout":

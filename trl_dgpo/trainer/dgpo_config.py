@@ -141,6 +141,12 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             Levels a pass, the same for all groups.
         t_min (`float`, *optional*, defaults to `0.4`):
             Smallest level before the shift, in [0, 1): the timestep clip. 0 trains on all levels.
+        t_max (`float`, *optional*, defaults to `1.0`):
+            Largest level before the shift, in (t_min, 1]. Below 1 it leaves out the noisiest levels, an ablation of
+            GPO's.
+        shared_noise (`bool`, *optional*, defaults to `True`):
+            Noise the images of a group alike (the paper and the released code). `False` draws each image's own, an
+            ablation.
         timestep_sampling (`str`, *optional*, defaults to `"grid"`):
             `"grid"`: drawn without replacement from the rollout's own levels (the released code). `"continuous"`:
             uniform in [t_min, 1], then shifted (the paper).
@@ -345,6 +351,8 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     # Parameters that control the levels that are trained on
     num_train_timesteps: int = field(default=4, metadata={"help": "Levels a pass, the same for all groups."})
     t_min: float = field(default=0.4, metadata={"help": "Smallest level before the shift, in [0, 1)."})
+    t_max: float = field(default=1.0, metadata={"help": "Largest level before the shift, in (t_min, 1]."})
+    shared_noise: bool = field(default=True, metadata={"help": "Noise the images of a group alike."})
     timestep_sampling: str = field(
         default="grid", metadata={"help": "Where levels are drawn from.", "choices": ["grid", "continuous"]}
     )
@@ -475,6 +483,11 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             raise ValueError(
                 f"`t_min` is {self.t_min}; it is a level before the shift and must be in [0, 1). 0 trains on all "
                 "levels, 0.4 is the default."
+            )
+        if not self.t_min < self.t_max <= 1:
+            raise ValueError(
+                f"`t_max` is {self.t_max}; it is a level before the shift and must be at most 1 and above `t_min` "
+                f"({self.t_min})."
             )
         if not 0 <= self.prompt_dropout < 1:
             raise ValueError(f"`prompt_dropout` is {self.prompt_dropout}; it is a probability and must be in [0, 1).")

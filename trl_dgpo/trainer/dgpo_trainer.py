@@ -140,6 +140,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         ),
     }
     _config_class = DGPOConfig
+    _record_type = Rollout
 
     def __init__(
         self,
@@ -187,7 +188,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             self.sampler = GroupSampler(
                 train_dataset, args.prompts_per_round, seed=args.seed, shuffle=args.shuffle_dataset
             )
-        self.buffer = GroupRolloutBuffer()
+        self.buffer = GroupRolloutBuffer(self._record_type)
         self._work: deque[tuple[_Part, _Fixed, _MicroBatch, int]] = deque()
         self._failures, self._constants = FailureWindow(), ConstantWatch()
         super().__init__(
@@ -242,8 +243,22 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         part, fixed, batch, level = self._work.popleft()
         args, rows = self.args, batch.rows
         prediction, target = self._predict(part, rows, level, model=model)
-        errors = denoising_error(prediction, target)
-        if args.clip_range is not None:
+        loss = self._preference_loss(denoising_error(prediction, target), part, fixed, batch, level)
+        if args.kl_coef:
+            kl = prediction.new_zeros((), dtype=torch.float32)
+            if batch.weighs:
+                base_prediction = fixed.base_predictions[level][_like(rows, fixed.base_predictions[level])]
+                divergence = denoising_error(prediction, base_prediction.to(prediction.device, non_blocking=True))
+                kl = batch.share * group_mean(self._kl(divergence, part, level), batch.group_index, **batch.sizes)
+            # "logsigmoid" has a factor beta in its gradient; the KL term gets it too, to weigh the same.
+            loss = loss + args.kl_coef * (args.beta if args.loss_type == "logsigmoid" else 1.0) * kl
+            self._metrics["kl"].append(kl.detach())
+        return loss
+
+    def _preference_loss(self, errors: Tensor, part: _Part, fixed: _Fixed, batch: _MicroBatch, level: int) -> Tensor:
+        """The loss of a micro-batch at one level, but for the KL term."""
+        args, rows = self.args, batch.rows
+        if self._clips_errors(args):
             errors, clipped = clip_errors(errors, fixed.old_errors[level, rows], batch.advantages, args.clip_range)
             self._metrics["clip_ratio"].append(clipped.float() if batch.weighs else clipped[:0].float())
         group = self._group_loss(
@@ -260,16 +275,11 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             self._metrics["gate_mean"].append(group.gate[batch.learns])
         elif args.loss_type == "logsigmoid":
             loss = loss - loss.detach() + fixed.objectives[level]  # the value in the log, whatever the micro-batches
-        if args.kl_coef:
-            kl = prediction.new_zeros((), dtype=torch.float32)
-            if batch.weighs:
-                base_prediction = fixed.base_predictions[level][_like(rows, fixed.base_predictions[level])]
-                divergence = denoising_error(prediction, base_prediction.to(prediction.device, non_blocking=True))
-                kl = batch.share * group_mean(divergence, batch.group_index, **batch.sizes)
-            # "logsigmoid" has a factor beta in its gradient; the KL term gets it too, to weigh the same.
-            loss = loss + args.kl_coef * (args.beta if args.loss_type == "logsigmoid" else 1.0) * kl
-            self._metrics["kl"].append(kl.detach())
         return loss
+
+    def _kl(self, divergence: Tensor, part: _Part, level: int) -> Tensor:
+        """KL term of each sample, of its squared velocity difference to the base."""
+        return divergence
 
     def _group_loss(
         self, errors: Tensor, reference_errors: Tensor | None, advantages: Tensor, group_index: Tensor, **sizes
@@ -288,6 +298,11 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     def _has_gate(args: DGPOConfig) -> bool:
         """Whether the group loss has a gate, hence reads `reference_errors`."""
         return True
+
+    @staticmethod
+    def _clips_errors(args: DGPOConfig) -> bool:
+        """Whether errors are clipped against the old policy's, which takes a forward of its own."""
+        return args.clip_range is not None
 
     def _begin_update(self) -> None:
         """Roll out where a round begins, then compute all that does not move during the optimiser step."""
@@ -319,7 +334,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             drawn = self._levels[torch.randperm(len(self._levels), generator=stream)[: args.num_train_timesteps]]
         else:
             uniform = torch.rand(args.num_train_timesteps, generator=stream)
-            drawn = continuous_levels(uniform, args.t_min, self.backbone.shift_factor)
+            drawn = continuous_levels(uniform, args.t_min, self.backbone.shift_factor, t_max=args.t_max)
         return drawn.tolist()
 
     def _part(self, round: int, iteration: int, update: int) -> _Part:
@@ -330,14 +345,21 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         return _Part(
             rollout=dataclasses.replace(rollout, conditioning=self._conditioning(rollout, (round, iteration))),
             first_group=int(rollout.groups[0]) - update * args.groups_per_update,
-            # Without a KL term a sample of advantage 0 (masked, or of a group without preference) changes nothing.
-            learned_from=rollout.valid if args.kl_coef else rollout.advantages != 0,
+            learned_from=rollout.valid if args.kl_coef else self._moves(rollout),
             sigmas=sigmas,
-            noise=[self._group_noise(rollout.groups, (round, iteration, level)) for level in range(len(sigmas))],
+            noise=[self._noise(rollout, (round, iteration, level)) for level in range(len(sigmas))],
             advantages=to_device(rollout.advantages, device),
             group_index=to_device(rollout.local_index, device),
             group_sizes=to_device(rollout.group_sizes, device),
         )
+
+    def _moves(self, rollout: Rollout) -> Tensor:
+        """
+        Mask of the samples that change anything where there is no KL term.
+
+        One of advantage 0 (masked, or of a group without preference) does not.
+        """
+        return rollout.advantages != 0
 
     def _micro_batches(self, part: _Part) -> list[_MicroBatch]:
         args, rollout, batches = self.args, part.rollout, []
@@ -345,7 +367,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             index = rollout.local_index[block]
             groups = slice(int(index[0]), int(index[-1]) + 1)
             count = groups.stop - groups.start
-            preference = torch.zeros(count).index_add(0, index - groups.start, rollout.advantages[block].abs())
+            preference = torch.zeros(count).index_add(0, index - groups.start, self._moves(rollout)[block].float())
             batches.append(
                 _MicroBatch(
                     rows=rows,
@@ -403,7 +425,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             base_errors, base_predictions = self._no_grad_pass(
                 using("base"), part, guidance_scale, keep=bool(args.kl_coef)
             )
-        if args.clip_range is not None or reference == "old":
+        if self._clips_errors(args) or reference == "old":
             old_errors, _ = self._no_grad_pass(using("old", merged=merged), part)
         if reference == "refreshed":
             reference_errors, _ = self._no_grad_pass(using("reference"), part)
@@ -429,7 +451,8 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
                 group_sizes=part.group_sizes,
                 num_groups=num_groups,
             )
-        scores[-1, here].index_add_(0, part.group_index, part.advantages.abs())  # whether a group has a preference
+        moves = to_device(self._moves(part.rollout).float(), args.device)
+        scores[-1, here].index_add_(0, part.group_index, moves)  # whether a group has a preference
         if args.is_group_shared:
             scores, seen = self.accelerator.reduce(scores, "sum"), slice(None)
         else:
@@ -477,7 +500,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     ) -> tuple[Tensor, Tensor]:
         """Prediction and target of some rows, noised here and now: kept for all of them it would fill a GPU."""
         x0, index, sigma = part.rollout.x0[rows], part.group_index[rows], part.sigmas[level]
-        noise = part.noise[level][index]
+        noise = part.noise[level][index if self.args.shared_noise else rows]
         x_t = self.backbone.noise(x0, noise, sigma)
         conditioning = {name: of_groups[index] for name, of_groups in part.rollout.conditioning.items()}
         # The prepared model casts by itself; the bare transformer does not.
@@ -493,7 +516,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         rows = self.sampler.rows(round, groups.tolist())
         conditioning = self.backbone.encode([_checked_prompt(row) for row in rows])
         rows = [rows[i] for i in index.tolist()]
-        x0, images, scores = self._sample_and_score(round, rows)
+        sampled, images, scores = self._sample_and_score(round, rows)
         # Every process sees all rewards: batch statistics, the log and the decision to stop are the same in each.
         rewards, group_index = self._gather(scores.rewards), self._gather(self._group_index)
         self._failures.update(self._gather(scores.failed))
@@ -503,24 +526,19 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         if self.is_world_process_zero():
             self._constants.update(by_name)
         weighed = self._weighed(rewards, by_name, group_index)
-        advantages = group_advantages(
-            weighed,
-            group_index,
-            scale=args.scale_rewards,
-            clip=args.advantage_clip,
-            recenter_clipped=args.recenter_clipped,
-        )
+        advantages = self._advantages(weighed, group_index)
         frac_zero_std = zero_variance(weighed, group_index).float().mean().item()
         self._log_rewards(rewards, group_index, frac_zero_std, advantages, by_name)
         for name, values in scores.metrics.items():
             self._metrics[name] += values
         own = slice(args.process_index * len(rows), (args.process_index + 1) * len(rows))
-        rollout = Rollout(
-            x0=x0,
+        rollout = self._record_type(
+            **sampled,
             conditioning=conditioning,
             rewards=rewards[own].float(),
             advantages=advantages[own].float(),
             group_index=self._group_index,
+            number_in_group=self._number_in_group,
             group_sizes=group_index[~rewards.isnan()].bincount(minlength=args.prompts_per_round)[groups],
         )
         self.buffer.fill(rollout.to(device), round)
@@ -538,7 +556,19 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             )
         )
 
-    def _sample_and_score(self, round: int, rows: list[dict]) -> tuple[Tensor, Tensor, Scores]:
+    def _advantages(self, rewards: Tensor, group_index: Tensor) -> Tensor:
+        """Weights of a round's images, of all processes, in the objective."""
+        args = self.args
+        return group_advantages(
+            rewards,
+            group_index,
+            scale=args.scale_rewards,
+            clip=args.advantage_clip,
+            recenter_clipped=args.recenter_clipped,
+        )
+
+    def _sample_and_score(self, round: int, rows: list[dict]) -> tuple[dict[str, Tensor], Tensor, Scores]:
+        """Of this process's images: what the record keeps of their sampling, pictures and scores."""
         args = self.args
         use_old = args.old_policy_after is not None and self.state.global_step >= args.old_policy_after
         keys = list(zip(self._group_index.tolist(), self._number_in_group.tolist(), strict=True))
@@ -580,7 +610,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
                 scores = _checked_log(self.scorer.merge(scores))
         finally:
             pool.shutdown(cancel_futures=True)  # where an exception leaves, what has not begun is dropped
-        return torch.cat(x0), images, scores
+        return {"x0": torch.cat(x0)}, images, scores
 
     def _score_arriving(
         self, scorer: RewardScorer, pictures: OnTheWay, rows: list[dict], given_up: set[str]
@@ -597,8 +627,13 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             self._draw(("step_noise", round), [(*key, step) for key in keys[rows]]), self.args.device
         )
 
-    def _group_noise(self, groups: Tensor, key: tuple[int, int, int]) -> Tensor:
-        return to_device(self._draw(("noise", *key), [(group,) for group in groups.tolist()]), self.args.device)
+    def _noise(self, rollout: Rollout, key: tuple[int, int, int]) -> Tensor:
+        """Noise of a level: one draw a group, or with `shared_noise=False` one an image."""
+        if self.args.shared_noise:
+            keys = [(group,) for group in rollout.groups.tolist()]
+        else:
+            keys = list(zip(rollout.group_index.tolist(), rollout.number_in_group.tolist(), strict=True))
+        return to_device(self._draw(("noise", *key), keys), self.args.device)
 
     def _draw(self, stream: tuple, keys: list[tuple[int, ...]]) -> Tensor:
         """Standard normal latents, one a key: neither micro-batch nor process is ever part of one."""
@@ -657,11 +692,11 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
 
     def _train_levels(self, args: DGPOConfig) -> Tensor:
         sigmas = self.backbone.sigmas(args.sample_num_steps)
-        kept = sigmas[trainable_levels(sigmas, args.t_min, self.backbone.shift_factor)]
+        kept = sigmas[trainable_levels(sigmas, args.t_min, self.backbone.shift_factor, t_max=args.t_max)]
         if args.timestep_sampling == "grid" and args.num_train_timesteps > len(kept):
             raise ValueError(
                 f"`num_train_timesteps` ({args.num_train_timesteps}) is more than the {len(kept)} levels that `t_min` "
-                f"({args.t_min}) leaves of `sample_num_steps` ({args.sample_num_steps}): "
+                f"({args.t_min}) and `t_max` ({args.t_max}) leave of `sample_num_steps` ({args.sample_num_steps}): "
                 f"{[round(sigma, 3) for sigma in kept.tolist()]}. Lower `num_train_timesteps` or `t_min`, raise "
                 "`sample_num_steps`, or use `timestep_sampling='continuous'`."
             )
@@ -670,7 +705,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     def _views(self, args: DGPOConfig) -> tuple[str, ...]:
         has_gate = self._has_gate(args)
         used = {
-            "old": args.clip_range is not None
+            "old": self._clips_errors(args)
             or args.old_policy_after is not None
             or (has_gate and args.reference == "old"),
             "reference": has_gate and args.reference == "refreshed",
