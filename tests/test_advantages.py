@@ -3,7 +3,7 @@ import warnings
 import pytest
 import torch
 
-from trl_dgpo.advantages import group_advantages, normalize_then_sum, zero_variance
+from trl_dgpo.advantages import group_advantages, normalize_then_sum, preference_pairs, zero_variance
 
 
 NAN = float("nan")
@@ -279,3 +279,73 @@ def test_the_batch_scale_makes_it_what_grpos_users_know():
     expected = (total - total.mean()) / (total.std(correction=0) + 1e-4)
     normalised = normalize_then_sum(rewards, [1, 1], TWO, torch.ones(8, dtype=torch.bool))
     torch.testing.assert_close(group_advantages(normalised, TWO, scale="batch"), expected, rtol=0, atol=1e-12)
+
+
+# -- pairs
+
+
+def pairs_of(preferences: torch.Tensor) -> dict[tuple[int, int], float]:
+    """Weight of each pair (better, worse) of one group."""
+    return {tuple(pair): preferences[tuple(pair)].item() for pair in (preferences > 0).nonzero().tolist()}
+
+
+def preferences_of(*rewards, selection):
+    count = len(rewards)
+    index = torch.zeros(count, dtype=torch.long)
+    return preference_pairs(f64(*rewards), index, torch.arange(count), count, selection=selection)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "selection", "pairs"),
+    [
+        ([1, 0, 0.5, 0.25], "max", {(0, 1): 1}),
+        ([1, 0, 0.5, 0.25], "min", {(2, 3): 1}),  # margins .25 twice: the better image of (3, 1) has a larger number
+        ([1, 0.1, 0.5, 0.25], "min", {(3, 1): 1}),
+        (
+            *([1, 0, 0.5, 0.25], "all"),
+            {(0, 1): 1 / 6, (0, 2): 1 / 6, (0, 3): 1 / 6, (2, 1): 1 / 6, (2, 3): 1 / 6, (3, 1): 1 / 6},
+        ),
+        # ties for a place: the lowest number has it; images of equal rewards are no pair
+        ([0, 1, 0, 1], "max", {(1, 0): 1}),
+        ([0, 1, 0, 1], "min", {(1, 0): 1}),
+        ([0, 1, 0, 1], "all", {(1, 0): 1 / 4, (1, 2): 1 / 4, (3, 0): 1 / 4, (3, 2): 1 / 4}),
+        ([0.2, 0.2, 0.2, 0.9], "min", {(3, 0): 1}),
+        # a failed reward is in no pair
+        ([NAN, 0.3, 0.1, 0.2], "max", {(1, 2): 1}),
+        ([NAN, 0.5, 0.125, 0.25], "min", {(3, 2): 1}),
+        ([0.7, NAN, NAN, 0.1], "all", {(0, 3): 1}),
+        # a person's choice
+        ([0, 1], "max", {(1, 0): 1}),
+        *[(rewards, s, {}) for rewards in ([0.5, 0.5], [NAN, 1], [NAN, NAN]) for s in ("max", "min", "all")],
+    ],
+)
+def test_pairs_of_a_group(rewards, selection, pairs):
+    preferences = preferences_of(*rewards, selection=selection)
+    assert pairs_of(preferences) == pairs
+    assert torch.equal(preferences, -preferences.mT)
+
+
+@pytest.mark.parametrize("selection", ["max", "min", "all"])
+def test_pairs_of_several_groups_in_any_order(selection):
+    random = torch.Generator().manual_seed(0)
+    rewards = torch.randint(0, 4, (5, 6), generator=random).double()  # with ties
+    rewards[1, 2], rewards[2], rewards[3] = NAN, 0.5, NAN
+    alone = torch.stack([preferences_of(*row.tolist(), selection=selection) for row in rewards])
+    order = torch.randperm(30, generator=random)
+    together = preference_pairs(rewards.flatten()[order], order // 6, order % 6, 6, selection=selection)
+    assert torch.equal(together, alone.flatten(0, 1)[order])
+    weights = alone.clamp(min=0).sum((1, 2))
+    torch.testing.assert_close(weights, f64(1, 1, 0, 0, 1), rtol=0, atol=1e-12)  # 1 a group, if it has a pair
+
+
+def test_the_sum_of_all_preferences_is_wins_minus_losses():
+    rewards = f64(1, 0, 0.5, 0.25, 0.8, 0.8, 0.6, NAN)
+    preferences = preference_pairs(rewards, TWO, torch.arange(8) % 4, 4, selection="all")
+    pairs = torch.tensor([6, 6, 6, 6, 2, 2, 2, 2])
+    signs = group_advantages(rewards, TWO, scale="sign")
+    torch.testing.assert_close(preferences.sum(1) * pairs, signs, rtol=0, atol=1e-12)
+
+
+def test_an_unknown_selection_is_told():
+    with pytest.raises(ValueError, match="`selection` is 'best'; it must be 'max', 'min' or 'all'"):
+        preferences_of(1, 0, selection="best")

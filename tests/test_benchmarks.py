@@ -1,6 +1,7 @@
 """The benchmarks measure what they say."""
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,10 +16,15 @@ from tiny_trainers import relative_error, scramble, weights
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import ablations  # noqa: E402
+import compare  # noqa: E402
 import models  # noqa: E402
 import naive_loop  # noqa: E402
+import out_of_distribution  # noqa: E402
+import results  # noqa: E402
 import rewards  # noqa: E402
 import rounds  # noqa: E402
+import runs  # noqa: E402
 import step_cost  # noqa: E402
 
 
@@ -244,3 +250,228 @@ def test_scaling_runs(tmp_path):
     command = ["benchmarks/scaling.py", "--model", "tiny", "--pairs", "1", "--rounds", "1"]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "shared / independent" in done.stdout
+
+
+# -- the comparison of methods ----------------------------------------------------------------------------------------
+
+
+def marks_of(*points: tuple[float, float]) -> list[dict[str, float]]:
+    """Evaluations of `(CPU seconds, OCR)`; ten images and a hundred forwards a second."""
+    return [
+        {"cpu_s": s, "wall_s": s, "images": 10 * s, "steps": s, "forwards": 100 * s, "ocr": ocr, "exact": ocr / 2}
+        for s, ocr in points
+    ]
+
+
+def test_time_to_target_by_hand():
+    # Means of neighbours: .6 at 0, .65 at 5, .75 at 15, .8 at 25.
+    marks = marks_of((0, 0.6), (10, 0.7), (20, 0.8), (30, 0.8))
+    points = results.smooth(marks, "cpu_s")
+    assert [x for x, _ in points] == [0, 5, 15, 25]
+    assert [y for _, y in points] == pytest.approx([0.6, 0.65, 0.75, 0.8])
+    assert results.time_to_target(marks, 0.7).value == pytest.approx(10)
+    assert results.time_to_target(marks, 0.7, "images").value == pytest.approx(100)
+    assert results.time_to_target(marks, 0.5) == (0, "")
+    assert results.time_to_target(marks, 0.85) == (30, ">")
+
+
+def test_a_peak_that_is_lost_is_no_crossing():
+    # Means: .6, .7 at 5 (above), .65 at 15 (lost), .7 at 25, .8 at 35: reached between the last two.
+    marks = marks_of((0, 0.6), (10, 0.8), (20, 0.5), (30, 0.9), (40, 0.7))
+    assert results.time_to_target(marks, 0.7).value == pytest.approx(25)
+    assert results.time_to_target(marks, 0.68).value == pytest.approx(15 + 10 * 0.03 / 0.05)
+    # At the end there is no next one: the mean of the last two is what is known.
+    assert results.time_to_target(marks, 0.8).value == pytest.approx(35)
+
+
+def test_ratios_keep_what_they_do_not_know():
+    known, beyond = results.Bound(50.0), results.Bound(150.0, ">")
+    assert results.ratio(results.Bound(100.0), known) == (2.0, "")
+    assert results.ratio(beyond, known) == (3.0, ">")
+    assert results.ratio(known, beyond) == (pytest.approx(1 / 3), "<")
+    assert results.ratio(beyond, beyond).sign == "?"
+    assert results.mean_and_spread([results.Bound(2.0), results.Bound(4.0)], 1) == "3.0 (2.0 to 4.0)"
+    assert results.mean_and_spread([results.Bound(2.0), results.Bound(4.0, ">")], 1) == "> 3.0 (2.0 to > 4.0)"
+    unknown = results.ratio(beyond, beyond)
+    assert results.mean_and_spread([results.Bound(2.0), results.Bound(4.0), unknown], 0) == "3 (2 to 4, 1 unknown)"
+    assert results.mean_and_spread([unknown], 1) == "-"
+
+
+def test_a_verdict_needs_more_than_the_spread():
+    assert results.verdict(0.05, 0.02, "+") == results.verdict(-0.05, 0.02, "-") == "agrees"
+    assert results.verdict(0.01, 0.02, "0") == "agrees"
+    assert results.verdict(0.01, 0.02, "+") == results.verdict(-0.02, 0.02, "+") == "within spread"
+    assert results.verdict(-0.05, 0.02, "+") == results.verdict(0.05, 0.02, "0") == "disagrees"
+    assert results.verdict(0.05, 0.02, "") == "-"
+
+
+def test_a_result_at_a_smaller_budget():
+    # At 30 and 40 of 0 .. 100: .8 and .8; at 15 and 20 half way up.
+    marks = marks_of((0, 0.6), (20, 0.8), (100, 0.8))
+    assert results.at_budget(marks, 40) == pytest.approx(0.8)
+    assert results.at_budget(marks, 20) == pytest.approx((0.75 + 0.8) / 2)
+
+
+def all_runs() -> list[runs.Run]:
+    choices = ("matched", "own")
+    searched = compare.search_runs(budget=8.0, every=4.0, rates=(1e-3,), choices=choices)
+    found = list(searched)
+    for choice in choices:
+        best = {run.name.split(",")[0]: run for run in searched if choice in run.name}
+        found += compare.seed_runs(best, (1, 2), budget=8.0, published_budget=8.0, every=4.0)
+        found += [row.run for row in all_rows(best)]
+    return found
+
+
+def all_rows(best: dict[str, runs.Run]) -> list[ablations.Row]:
+    return [
+        *ablations.dgpo_rows(best["dgpo"], best["online_dpo"]),
+        *ablations.gpo_rows(best["gpo"], best["online_dpo"], warm_budget=4.0),
+    ]
+
+
+def test_settings_are_configurations_of_their_trainers(tmp_path):
+    for run in all_runs():
+        args = runs.configuration(run, str(tmp_path))
+        assert args.seed == run.seed
+        assert args.lr_scheduler_type == "constant"
+        # Evaluations walk the ODE of the same grid, by the same solver.
+        assert (args.sigmas, args.eval_num_steps, args.eval_guidance_scale) == ("dpm", 10, 1.0)
+        assert args.sampler in ("euler", "sde")
+
+
+def test_matched_methods_differ_in_nothing_but_their_own():
+    matched = {method: levels["matched"] for method, (_, levels) in compare.METHODS.items()}
+    shared = ("sigmas", "sample_num_steps", "num_train_timesteps", "t_min", "updates_per_round")
+    assert len({tuple(config[name] for name in shared) for config in matched.values()}) == 1
+    assert len(compare.RATES) == 5
+    assert compare.SEARCH_SEED not in compare.SEEDS
+
+
+def test_a_result_is_known_by_what_was_run():
+    run = runs.Run("a", "dgpo", 8.0, 4.0, {"learning_rate": 1e-3})
+    assert runs.Run("b", "dgpo", 8.0, 4.0, {"learning_rate": 1e-3}).key == run.key
+    others = [
+        runs.Run("a", "gpo", 8.0, 4.0, {"learning_rate": 1e-3}),
+        runs.Run("a", "dgpo", 8.0, 4.0, {"learning_rate": 2e-3}),
+        runs.Run("a", "dgpo", 8.0, 4.0, {"learning_rate": 1e-3}, seed=1),
+        runs.Run("a", "dgpo", 8.0, 4.0, {"learning_rate": 1e-3}, start=run),
+        runs.Run("a", "dgpo", 9.0, 4.0, {"learning_rate": 1e-3}),
+    ]
+    assert len({run.key, *(other.key for other in others)}) == 6
+
+
+def test_a_run_stops_at_its_budget_and_counts_no_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "NUM_EVAL_PROMPTS", 3)
+    monkeypatch.setattr(runs, "be_quiet", lambda: None)
+    config = {
+        "sampler": "euler",
+        "sample_num_steps": 3,
+        "prompts_per_round": 2,
+        "num_generations": 4,
+        "num_train_timesteps": 1,
+        "scale_rewards": "none",
+        "learning_rate": 1e-3,
+    }
+    run = runs.Run("one round", "gpo", 1e-6, 1.0, config)
+    result = runs.take(run, tmp_path)
+    start, end = result["marks"]
+    assert (start["cpu_s"], start["images"], start["forwards"], start["steps"]) == (0, 0, 0, 0)
+    assert end["steps"] == 1
+    assert end["images"] == 8
+    # Eight rows a rollout step, and two for each image that is learned from; three passes, the first of them taken.
+    assert 24 < end["forwards"] <= 24 + 2 * 8
+    assert end["cpu_s"] > 0
+    assert len(result["ocr_of_prompts"]) == 3
+    assert result["round_bytes"] > 8 * 8 * 8 * 16 * 4  # at least the latents
+    assert run.result(tmp_path) == json.loads(json.dumps(result))
+    monkeypatch.setattr(runs, "in_processes", lambda function, todo, workers: [(run, 1 / 0) for run in todo])
+    assert runs.take_all([run], tmp_path, 1) == []  # it is there: nothing is taken
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "in_processes", lambda function, todo, workers: [(run, "Error\nbad") for run in todo])
+    assert runs.take_all([runs.Run("a", "dgpo", 1.0, 1.0)], tmp_path, 1) == ["a, seed 0: bad"]
+    assert "FAILED a" in capsys.readouterr().out
+
+
+def test_diversity_by_hand():
+    images = torch.zeros(1, 3, 3, 2, 2, dtype=torch.uint8)
+    assert out_of_distribution.diversity(images) == 0
+    images[0, 2] = 255  # of the three pairs two differ, by all
+    assert out_of_distribution.diversity(images) == pytest.approx(2 / 3)
+
+
+def test_unseen_words_are_unseen():
+    from trl_dgpo.prompts.text import tiny_ocr_prompts
+
+    trained = {row["text"] for row in tiny_ocr_prompts("train")}
+    words = out_of_distribution.unseen_words()
+    assert len(words) == out_of_distribution.NUM_PROMPTS
+    assert trained.isdisjoint(words)
+
+
+@pytest.mark.skipif(out_of_distribution.tesseract_version() is None, reason="tesseract is not installed")
+def test_tesseract_reads_signs():
+    import random
+
+    from trl_dgpo.tiny.build import draw_sign
+
+    texts = ["CAFE", "BLUE", "KXWZ", "TENT"]
+    assert out_of_distribution.tesseract_read([draw_sign(text, random.Random(0)) for text in texts]) == texts
+
+
+def write_results(folder: Path, run: runs.Run, gain: float) -> None:
+    ends = [0.65 + gain * step / 10 for step in range(11)]
+    end = {
+        "ocr": {"held out": 0.8, "unseen words": 0.7, "three letters": 0.3},
+        "tesseract": None,
+        "tesseract_version": None,
+        "images": {"darkness": 0.1, "contrast": 0.2, "saturation": 0.3, "colour_spread": 0.1},
+        "diversity": 0.1 + gain,
+    }
+    result = {
+        "name": run.name,
+        "settings": run.settings,
+        "marks": marks_of(*((run.budget * step / 10, ocr) for step, ocr in enumerate(ends))),
+        "ocr_of_prompts": [0.5 + gain, 0.7 + gain],
+        "round_bytes": 2**20,
+        "peak_bytes": 2**30,
+        **({"base": {**end, "diversity": 0.4}, "end": end} if run.ends else {}),
+    }
+    runs.write_json(run.file(folder), result)
+
+
+def test_the_page_says_what_was_measured(tmp_path):
+    searched = compare.search_runs(budget=8.0, every=4.0, rates=(1e-3, 3e-3), choices=("matched",))
+    for run in searched:
+        write_results(tmp_path, run, run.config["learning_rate"] * 10)
+    best = results.best_settings(searched, tmp_path, list(compare.METHODS))
+    assert {run.config["learning_rate"] for run in best.values()} == {3e-3}
+    taken = compare.seed_runs(best, (1, 2), budget=100.0, published_budget=140.0, every=10.0)
+    gains = {"dgpo": 0.3, "gpo": 0.2, "flow_grpo": 0.1}
+    for run in taken:
+        write_results(tmp_path, run, gains.get(run.name, 0.0) + 0.01 * run.seed)
+    compare.write_record(tmp_path, searched, best, taken, [], quick=False)
+    rows = all_rows({name: dataclasses.replace(run, budget=40.0) for name, run in best.items()})
+    missing = next(row.run for row in rows if row.run.name == "SDE rollouts")
+    for row in rows:
+        if row.run.key != missing.key:
+            write_results(tmp_path, row.run, 0.2 if row.run.name == "t_min 0" else 0.1)
+    ablations.write_record(tmp_path, rows, 40.0, {}, ["SDE rollouts, seed 1: bad"], quick=False)
+
+    comparison = results.Comparison(tmp_path)
+    page = results.write_page(comparison, results.Ablations(tmp_path, comparison), tmp_path).read_text()
+    assert "tesseract not installed" in page
+    assert "| SDE rollouts | failed |" in page
+    assert "- SDE rollouts, seed 1: bad" in page
+    # .65 + .31 t / 100 and .65 + .32 t / 100 reach .8, the other not: .77 and .78 at the end.
+    dgpo = [100 * 0.15 / 0.31, 100 * 0.15 / 0.32]
+    assert f"| dgpo | {sum(100 * 0.05 / g for g in (0.31, 0.32)) / 2:.0f} (16 to 16) " in page
+    assert [r.sign for r in comparison.ratios("flow_grpo", 0.80)] == [">", ">"]
+    assert [r.value for r in comparison.ratios("flow_grpo", 0.80)] == pytest.approx([100 / t for t in dgpo])
+    assert "| t_min 0 | 0.650 | 0.840 | +0.095 | 0.004 | yes | 2510.08425: without the timestep clip" in page
+    assert page.count("disagrees") >= 2
+    for line in page.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / line.split("(")[-1].rstrip(")")).exists()

@@ -16,10 +16,12 @@ from trl_dgpo.callbacks import (
     RewardProgressCallback,
     RunLogCallback,
     SampleImagesCallback,
+    SaveRolloutsCallback,
     Trackers,
 )
 from trl_dgpo.rewards.scoring import RewardScorer
 from trl_dgpo.rollout import ScoredImages
+from trl_dgpo.rollout_dataset import SavedGroups, load_rollouts
 
 
 def state(step=0, **fields) -> TrainerState:
@@ -416,6 +418,7 @@ def scored(groups=2, size=3, **fields) -> ScoredImages:
         "by_name": {"ocr": rewards, "pick": torch.full((number,), math.nan)},
         "advantages": torch.arange(number, dtype=torch.float64) - 1,
         "group_index": torch.arange(groups).repeat_interleave(size),
+        "x0": torch.randn(number, 4, 2, 2, generator=torch.Generator().manual_seed(0)),
         "extra": {"read": [f"CAF{i}" for i in range(number)], "mixed": [1, "x", None, 2.5, True, "y"][:number]},
     }
     return ScoredImages(**{**values, **fields})
@@ -506,3 +509,65 @@ def test_without_rich_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(ImportError, match="pip install rich"):
         CompletionsCallback()
+
+
+# -- rollouts ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_round_is_kept_as_a_set_to_train_on(tmp_path):
+    from tiny_trainers import prompt_dataset, tiny_trainer
+
+    def train(at, save_in, **config):
+        config = {"max_steps": 4, "num_iterations": 2, "save_strategy": "steps", "save_steps": 2, **config}
+        prompts = prompt_dataset("a", "b", "c").add_column("text", ["A", "B", "C"])
+        trainer = tiny_trainer(
+            tmp_path / at, callbacks=[SaveRolloutsCallback(tmp_path / save_in)], train_dataset=prompts, **config
+        )
+        trainer.train(resume_from_checkpoint=config.get("resume_from_checkpoint"))
+        return trainer
+
+    trainer = train("run", "kept")
+    files = sorted(path.name for path in (tmp_path / "kept").iterdir())
+    assert files == ["round-000000.parquet", "round-000001.parquet"]
+    dataset = load_rollouts(tmp_path / "kept")
+    assert len(dataset) == 32
+    saved, record = SavedGroups(dataset), trainer.buffer.record
+    assert saved.sizes.tolist() == [4] * 8
+    last = [saved.read(group, [0, 1, 2, 3]) for group in range(4, 8)]
+    assert torch.equal(torch.cat([read.rewards.float() for read in last]), record.rewards)
+    assert torch.equal(torch.stack([x0 for read in last for x0 in read.x0]), record.x0)
+    assert [saved[group]["text"] for group in range(8)] == [saved[group]["prompt"].upper() for group in range(8)]
+    # A run that goes on writes its rounds anew, and keeps those before.
+    first, second = ((tmp_path / "kept" / name).read_bytes() for name in files)
+    (tmp_path / "kept" / files[0]).write_bytes(b"kept")
+    (tmp_path / "kept" / files[1]).write_bytes(b"of the interrupted run")
+    train("run", "kept", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert (tmp_path / "kept" / files[0]).read_bytes() == b"kept"
+    assert (tmp_path / "kept" / files[1]).read_bytes() == second
+    # One that begins anew does not mix with them.
+    train("other", "kept", max_steps=2)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["_earlier-1", files[0]]
+    assert (tmp_path / "kept" / files[0]).read_bytes() == first
+
+
+def test_a_round_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    callback, args = SaveRolloutsCallback(tmp_path / "kept"), TrainingArguments(output_dir=str(tmp_path))
+    callback.on_rollout(args, state(), TrainerControl(), scored=scored())
+    before = (tmp_path / "kept" / "round-000005.parquet").read_bytes()
+
+    def break_off(dataset, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("datasets.Dataset.to_parquet", break_off)
+    for round in (5, 6):
+        with pytest.raises(OSError, match="no space left"):
+            callback.on_rollout(args, state(), TrainerControl(), scored=scored(round=round))
+    assert len(load_rollouts(tmp_path / "kept")) == 6
+    assert (tmp_path / "kept" / "round-000005.parquet").read_bytes() == before
+
+
+def test_rollouts_are_the_main_processs_to_write(tmp_path):
+    callback, args = SaveRolloutsCallback(tmp_path / "kept"), TrainingArguments(output_dir=str(tmp_path))
+    callback.on_rollout(args, state(is_world_process_zero=False), TrainerControl(), scored=scored())
+    assert not (tmp_path / "kept").exists()

@@ -14,15 +14,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_random_pipeline
 from tiny_trainers import CONFIG, tiny_trainer
 from trl import ModelConfig
 
-from trl_dgpo import DGPOConfig, GPOConfig, cli
-from trl_dgpo.cli import DGPOScriptArguments, EvaluateArguments, PlanArguments, SampleArguments, main, parse
+from trl_dgpo import DGPOConfig, DiffusionDPOConfig, FlowGRPOConfig, GPOConfig, cli
+from trl_dgpo.cli import (
+    CollectArguments,
+    DGPOScriptArguments,
+    EvaluateArguments,
+    PlanArguments,
+    SampleArguments,
+    main,
+    parse,
+)
 from trl_dgpo.evaluation import evaluation_latents
 from trl_dgpo.prompts import PROMPT_SETS
 
@@ -94,8 +102,10 @@ def error(capsys, *argv: str) -> str:
 # -- flags and recipes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script_class", [DGPOScriptArguments, EvaluateArguments, SampleArguments, PlanArguments])
-@pytest.mark.parametrize("config_class", [DGPOConfig, GPOConfig])
+@pytest.mark.parametrize(
+    "script_class", [DGPOScriptArguments, EvaluateArguments, SampleArguments, CollectArguments, PlanArguments]
+)
+@pytest.mark.parametrize("config_class", [DGPOConfig, GPOConfig, FlowGRPOConfig, DiffusionDPOConfig])
 def test_no_flag_has_two_meanings(script_class, config_class):
     names = [f.name for cls in (script_class, config_class, ModelConfig) for f in fields(cls)]
     assert len(set(names)) == len(names)
@@ -108,12 +118,18 @@ def test_help_of_the_command_is_quick():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("set()")
-    for command in ("train", "evaluate", "sample", "plan", "report", "serve-reward"):
+    for command in ("train", "evaluate", "sample", "collect", "plan", "report", "serve-reward"):
         assert f"\n    {command}" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "plan", "report", "serve-reward"])
-@pytest.mark.parametrize("trainer", ["dgpo", "gpo"])
+@pytest.mark.parametrize(
+    ("command", "trainer"),
+    [
+        *((command, "dgpo") for command in ("train", "evaluate", "sample", "collect", "plan", "report")),
+        ("serve-reward", "dgpo"),
+        *(("train", trainer) for trainer in ("gpo", "flow_grpo", "diffusion_dpo", "diffusion_sft")),
+    ],
+)
 def test_help_of_every_command_renders(command, trainer, capsys):
     own = {"report": "output_dir", "serve-reward": "--port"}
     flags = [] if command in own else ["--trainer", trainer]
@@ -126,6 +142,8 @@ def test_help_of_every_command_renders(command, trainer, capsys):
     else:
         assert all(f"--{name}" in printed for name in ("kl_coef", "learning_rate", "lora_r", "reward_funcs"))
         assert ("'linear' or 'logsigmoid'" in printed) == (trainer == "gpo")
+        assert ("--num_sde_steps" in printed) == (trainer == "flow_grpo")
+        assert ("--pair_selection" in printed) == (trainer == "diffusion_dpo")
 
 
 def test_a_flag_beats_the_recipe_and_the_recipe_the_default(recipe):
@@ -177,7 +195,8 @@ def test_quantisation_computes_in_the_dtype_of_training(recipe, monkeypatch, fla
     pytest.importorskip("bitsandbytes")
     given = {}
     monkeypatch.setattr("trl_dgpo.trainer.dgpo_trainer.DGPOTrainer", lambda **kwargs: given.update(kwargs))
-    cli._build(*parse(["--config", str(recipe), "--load_in_4bit", "true", *flags]))
+    script, args, model = parse(["--config", str(recipe), "--load_in_4bit", "true", *flags])
+    cli._build(script.trainer, args, model)
     assert given["quantization_config"].load_in_4bit
     assert given["quantization_config"].bnb_4bit_compute_dtype is getattr(torch, dtype)
 
@@ -353,6 +372,35 @@ def test_train_then_evaluate_then_sample(recipe, capsys, tmp_path):
     assert main(["train", "--config", str(recipe), *flags]) == 0
     logged = [json.loads(line) for line in (tmp_path / "on" / "log.jsonl").read_text().splitlines()]
     assert next(entry["eval_reward"] for entry in logged) == pytest.approx(scores["after"], abs=1e-6)
+
+
+def test_collected_rollouts_are_trained_on_by_every_method_that_can(recipe, capsys, tmp_path):
+    rollouts = tmp_path / "made" / "rollouts"
+    flags = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
+    assert main(["collect", *flags, "--num_rounds", "2", "--output", str(rollouts)]) == 0
+    kept = load_from_disk(rollouts)
+    assert len(kept) == 2 * 16
+    told = f"32 rollouts are in {rollouts}; their mean reward is {sum(kept['reward']) / 32:.4f}."
+    assert told in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert f"{str(rollouts)!r} is there already" in error(capsys, "collect", *flags, "--output", rollouts)
+    assert "`num_rounds` is 0" in error(capsys, "collect", *flags, "--num_rounds", "0")
+
+    # The recipe's reward scores the pictures anew; without one their own rewards count.
+    lines = [line for line in recipe.read_text().splitlines() if not line.startswith("reward_funcs")]
+    recipe.write_text("\n".join([*lines, f"eval_reward_funcs: {tmp_path / 'rewards.py'}:brightness"]))
+    flags = ["--config", str(recipe), "--rollouts_name", str(rollouts), "--learning_rate", "0.01"]
+    for trainer in ("dgpo", "gpo", "diffusion_dpo"):
+        run = tmp_path / trainer
+        assert main(["train", "--trainer", trainer, *flags, "--output_dir", str(run)]) == 0
+        logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        assert any("eval_reward" in entry for entry in logged)
+        assert (run / "pytorch_lora_weights.safetensors").is_file()
+    flags += ["--trainer", "diffusion_sft", "--num_generations", "1", "--output_dir", str(tmp_path / "sft")]
+    assert main(["train", *flags]) == 0
+    capsys.readouterr()
+    told = error(capsys, "train", *flags, "--trainer", "flow_grpo", "--num_generations", "4")
+    assert "Flow-GRPO learns from the course of its own sampling" in told
 
 
 def test_a_recipe_of_two_weighted_rewards_is_evaluated_and_drawn(recipe, tmp_path):

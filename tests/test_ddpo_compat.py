@@ -810,6 +810,7 @@ def scored(rows, extra):
         advantages=torch.zeros(4),
         group_index=torch.tensor([0, 0, 1, 1]),
         extra=extra,
+        x0=torch.zeros(4, 4, 1, 1),
     )
 
 

@@ -8,15 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trl_dgpo.advantages import group_advantages
+from trl_dgpo.advantages import group_advantages, preference_pairs
 from trl_dgpo.losses import (
     clip_errors,
     denoising_error,
     dgpo_loss,
     diffusion_dpo_loss,
+    flow_grpo_loss,
     gpo_loss,
     group_mean,
     group_scores,
+    pairwise_dpo_loss,
+    step_kl,
+    step_log_prob,
 )
 
 
@@ -427,6 +431,224 @@ def test_logsigmoid_gpo_is_dgpo_and_starts_as_linear():
     close(2 / beta * (loss - math.log(2)), 0.061273683468, atol=1e-7)
 
 
+# -- pairs within groups
+
+
+NUMBERS = torch.arange(6).repeat(5)  # of `a_round`
+SELECTIONS = ("max", "min", "all")
+
+
+def pair_loss(errors, r, rows=ALL, *, selection="all", rewards=None, beta=20.0, **options):
+    preferences = preference_pairs(
+        r.rewards if rewards is None else rewards, r.group_index, NUMBERS, 6, selection=selection
+    )
+    return pairwise_dpo_loss(
+        errors,
+        r.reference[rows],
+        preferences[rows],
+        r.group_index[rows],
+        NUMBERS[rows],
+        beta=beta,
+        num_groups=5,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["surrogate", "logsigmoid"])
+def test_a_pair_is_diffusion_dpo_and_dgpo(loss_type):
+    errors, reference, advantages = f64(0.40, 0.55), f64(0.42, 0.50), f64(1, -1)
+    preferences = preference_pairs(f64(1, 0), GROUP[:2], torch.arange(2), 2)
+    pair = partial(pairwise_dpo_loss, beta=20.0, loss_type=loss_type)
+    out, grad = gradient(pair, errors, reference, preferences, GROUP[:2], torch.arange(2))
+    dgpo, expected = gradient(dgpo_loss, errors, reference, advantages, GROUP[:2], beta=20.0, loss_type=loss_type)
+    close(out.objective, 0.403186048885)
+    close(out.loss.detach(), dgpo.loss.item())
+    close(grad, expected.tolist())
+    close(out.score, [[0.0, -0.7], [0.7, 0.0]])  # 20 / 2 (-.02 - .05)
+    if loss_type == "logsigmoid":
+        close(out.loss.detach(), 0.403186048885)
+        # sigma(-.7) = .331812227832, times beta / 2
+        close(grad, [3.31812227832, -3.31812227832])
+    # the other way round: the policy prefers the worse image
+    worse = pair(errors, reference, -preferences, GROUP[:2], torch.arange(2))
+    close(worse.objective, math.log1p(math.exp(0.7)))
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_pairs_of_groups_are_diffusion_dpo_of_each(selection):
+    r = a_round()
+    out, grad = gradient(pair_loss, r.errors, r, selection=selection, loss_type="logsigmoid")
+
+    def by_hand(errors):
+        total = 0.0
+        for group in range(3):  # the others have no pair
+            rows = [i for i in range(30) if r.group_index[i] == group and r.valid[i]]
+            pairs = [(i, j) for i in rows for j in rows if r.rewards[i] > r.rewards[j]]
+            pairs.sort(key=lambda pair: r.rewards[pair[0]] - r.rewards[pair[1]])
+            pairs = {"max": pairs[-1:], "min": pairs[:1], "all": pairs}[selection]
+            w, l = (torch.tensor(side) for side in zip(*pairs, strict=True))  # noqa: E741
+            total += diffusion_dpo_loss(errors[w], r.reference[w], errors[l], r.reference[l], beta=20.0)
+        return total / 5  # N is all groups
+
+    value, expected = gradient(by_hand, r.errors)
+    close(out.loss.detach(), value.item(), atol=1e-12)
+    close(out.objective, value.item(), atol=1e-12)
+    close(grad, expected.tolist(), atol=1e-12)
+    assert (grad[~r.valid | (r.group_index >= 3)] == 0).all()
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("beta", [1.0, 20.0, 2000.0])
+def test_the_pairs_surrogate_has_the_gradient_over_beta(selection, beta):
+    r = a_round()
+    surrogate, small = gradient(pair_loss, r.errors, r, selection=selection, beta=beta)
+    logsigmoid, large = gradient(pair_loss, r.errors, r, selection=selection, beta=beta, loss_type="logsigmoid")
+    torch.testing.assert_close(beta * small, large, rtol=1e-12, atol=1e-12)
+    assert large.norm() > 0.01
+    assert torch.equal(surrogate.objective, logsigmoid.objective)
+    assert torch.equal(surrogate.score, -surrogate.score.view(5, 6, 6).mT.flatten(0, 1))
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_other_rewards_turn_the_gradient_round_at_the_reference(selection):
+    r = a_round()
+    out, grad = gradient(pair_loss, r.reference, r, selection=selection)
+    _, turned = gradient(pair_loss, r.reference, r, selection=selection, rewards=-r.rewards)
+    assert torch.equal(grad, -turned)
+    close(out.objective, 3 / 5 * math.log(2), atol=1e-15)  # groups without a pair add nothing
+    # a quarter of the advantages of wins minus losses: the gate is one half, and so is the surrogate's factor
+    preferences = preference_pairs(r.rewards, r.group_index, NUMBERS, 6, selection=selection)
+    close(grad, (preferences.sum(1) / 4 / 5).tolist(), atol=1e-15)
+
+
+@pytest.mark.parametrize("loss_type", ["surrogate", "logsigmoid"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [slice(0, 6), slice(6, 18), slice(18, 30)],  # whole groups
+        [slice(0, 4), slice(4, 16), slice(16, 30)],  # parts of groups
+        [slice(0, 30, 3), slice(1, 30, 3), slice(2, 30, 3)],  # a third of every group
+        [slice(i, i + 1) for i in range(30)],
+    ],
+    ids=["whole groups", "split groups", "thirds", "single samples"],
+)
+def test_parts_of_pairs_add_up_to_the_whole(loss_type, selection, parts):
+    r = a_round()
+    options = {"selection": selection, "loss_type": loss_type}
+    whole, expected = gradient(pair_loss, r.errors, r, **options)
+    margins = (r.errors - r.reference).view(5, 6)
+
+    def of_parts(margins):
+        parted = [gradient(pair_loss, r.errors[p], r, p, margins=margins, **options) for p in parts]
+        grad = torch.zeros_like(r.errors)
+        for part, (_, slope) in zip(parts, parted, strict=True):
+            grad[part] += slope
+        return sum(out.loss.detach() for out, _ in parted), sum(out.objective for out, _ in parted), grad
+
+    loss, objective, grad = of_parts(margins)
+    close(loss, whole.loss.item(), atol=1e-12)
+    close(objective, whole.objective.item(), atol=1e-12)
+    close(grad, expected.tolist(), atol=1e-12)
+    if parts[0] != slice(0, 6):  # the other image's margin is not 0
+        assert (of_parts(None)[2] - expected).norm() > 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_images_without_a_pair_may_be_left_out(selection):
+    r = a_round()
+    out, grad = gradient(pair_loss, r.errors, r, selection=selection)
+    preferences = preference_pairs(r.rewards, r.group_index, NUMBERS, 6, selection=selection)
+    rows = (preferences != 0).any(1)
+    assert rows.sum() == (17 if selection == "all" else 6)
+    fewer, expected = gradient(pair_loss, r.errors[rows], r, rows, selection=selection)
+    close(grad[rows], expected.tolist(), atol=1e-15)
+    assert (grad[~rows] == 0).all()
+    close(out.objective, fewer.objective.item(), atol=1e-15)
+
+
+# -- Flow-GRPO
+
+# A stochastic step x' = a x + b v + std z: a, b, s, std.
+STEP = (0.755, -0.1245, 2.1, 2.1 * math.sqrt(0.1))
+
+
+def steps(*shape, seed=0):
+    stream = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=stream, dtype=torch.float64) for _ in range(4)]
+
+
+def test_a_steps_log_prob_is_the_gaussians():
+    a, b, _, std = STEP
+    x, v, other, z = steps(3, 4, 5, 5)
+    x_next = a * x + b * v + std * z
+    target = (x_next - a * x) / b
+    for velocity in (v, other):
+        normal = torch.distributions.Normal(a * x + b * velocity, std)
+        log_prob = step_log_prob(denoising_error(velocity, target), b, std)
+        close(log_prob, normal.log_prob(x_next).mean((1, 2, 3)).tolist(), atol=1e-12)
+
+
+def test_a_steps_kl_is_that_of_the_means():
+    a, b, s, std = STEP
+    x, v, reference, _ = steps(3, 4, 5, 5)
+    mean, reference_mean = a * x + b * v, a * x + b * reference
+    kl = step_kl(denoising_error(v, reference), b, s)
+    close(kl, ((mean - reference_mean).square().mean((1, 2, 3)) / (2 * s**2)).tolist(), atol=1e-12)
+    whole = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, std), torch.distributions.Normal(reference_mean, std)
+    )
+    close(kl, (whole.mean((1, 2, 3)) * 0.1).tolist(), atol=1e-12)  # times sigma - sigma'
+
+
+def test_flow_grpo_loss_by_hand():
+    # Ratios 1.25, .8, 1.25, .8 at advantages 1, 2, -1, -2: the clip acts where the ratio has gone far enough already.
+    old = f64(-0.7, -0.8, -0.9, -1.0)
+    log_probs, advantages = old + f64(1.25, 0.8, 1.25, 0.8).log(), f64(1, 2, -1, -2)
+    out, grad = gradient(flow_grpo_loss, log_probs, old, advantages, GROUP, clip_range=0.1)
+    close(out.ratio, [1.25, 0.8, 1.25, 0.8])
+    assert out.clipped.tolist() == [True, False, False, True]
+    close(out.loss, (-1.1 - 1.6 + 1.25 + 1.8) / 4)
+    close(grad, [0, -1.6 / 4, 1.25 / 4, 0])
+    out, grad = gradient(flow_grpo_loss, log_probs, old, advantages, GROUP, clip_range=None)
+    assert not out.clipped.any()
+    close(grad, [-1.25 / 4, -1.6 / 4, 1.25 / 4, 1.6 / 4])
+
+
+def test_the_first_gradient_of_flow_grpo_is_the_policy_gradient():
+    # ratio 1: value -mean A, here 0, and gradient -A; in errors, A b^2 / 2 std^2
+    _, b, _, std = STEP
+
+    def loss(errors):
+        log_probs = step_log_prob(errors, b, std)
+        return flow_grpo_loss(log_probs, log_probs.detach(), EXACT, GROUP, clip_range=1e-4)
+
+    out, grad = gradient(loss, ERRORS)
+    close(out.loss, 0.0)
+    close(out.ratio, [1.0] * 4)
+    assert not out.clipped.any()
+    close(grad, (EXACT * b**2 / (2 * std**2) / 4).tolist())
+
+
+def test_flow_grpo_in_parts_is_the_whole():
+    # Two groups, one with a masked sample; split where a group is cut.
+    old, index = torch.zeros(8, dtype=torch.float64), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    log_probs, advantages = 0.02 * f64(1, -2, 3, 1, 0.25, 2, 2, 1), f64(1, -1, 0.5, -0.5, 1.2, 0, -1.2, 0)
+    sizes = {"group_sizes": torch.tensor([4, 3]), "num_groups": 2, "clip_range": 0.01}
+    whole, expected = gradient(flow_grpo_loss, log_probs, old, advantages, index, **sizes)
+    assert whole.clipped.tolist() == [True, True, True, False, False, False, False, False]
+    parts = [
+        gradient(flow_grpo_loss, log_probs[rows], old[rows], advantages[rows], index[rows], **sizes)
+        for rows in (slice(0, 3), slice(3, 6), slice(6, 8))
+    ]
+    close(sum(out.loss for out, _ in parts), whole.loss.item(), atol=1e-15)
+    close(torch.cat([grad for _, grad in parts]), expected.tolist(), atol=1e-15)
+    rows = advantages != 0
+    fewer, grad = gradient(flow_grpo_loss, log_probs[rows], old[rows], advantages[rows], index[rows], **sizes)
+    close(fewer.loss, whole.loss.item(), atol=1e-15)
+    close(grad, expected[rows].tolist(), atol=1e-15)
+
+
 # -- bad input
 
 
@@ -435,6 +657,7 @@ def test_logsigmoid_gpo_is_dgpo_and_starts_as_linear():
     [
         (lambda: dgpo_loss(ERRORS, REFERENCE, EXACT, GROUP, beta=1.0, loss_type="linear"), "DGPO has 'surrogate'"),
         (lambda: gpo_loss(ERRORS, REFERENCE, EXACT, GROUP, loss_type="surrogate"), "GPO has 'linear'"),
+        (lambda: pair_loss(a_round().errors, a_round(), loss_type="linear"), "Diffusion-DPO has 'surrogate'"),
         (lambda: gpo_loss(ERRORS, None, EXACT, GROUP, loss_type="logsigmoid"), "`reference_errors` must be given"),
         (lambda: gpo_loss(ERRORS, REFERENCE), "`advantages` must be given"),
     ],

@@ -4,13 +4,15 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from trl_dgpo.losses import denoising_error
+from trl_dgpo.losses import denoising_error, step_log_prob
 from trl_dgpo.noising import (
     continuous_levels,
     ddpm_noise,
     ddpm_target,
     flow_noise,
+    flow_sde_coefficients,
     flow_sde_step,
+    flow_sde_target,
     flow_target,
     shift,
     trainable_levels,
@@ -143,6 +145,20 @@ def test_trainable_levels(num_steps, t_min, kept, dtype):
     assert trainable_levels(sigmas, t_min, 3.0).tolist() == list(range(kept))
 
 
+@pytest.mark.parametrize(
+    ("t_min", "t_max", "kept"),
+    [(0.0, 0.5, [5, 6, 7, 8, 9]), (0.5, 1.0, [0, 1, 2, 3, 4, 5]), (0.3, 0.6, [4, 5, 6, 7]), (0.31, 0.34, [])],
+)
+def test_a_band_of_levels(t_min, t_max, kept):
+    sigmas = f64(*GRIDS[10]) / 1000
+    assert trainable_levels(sigmas, t_min, 3.0, t_max=t_max).tolist() == kept
+
+
+def test_continuous_levels_of_a_band():
+    sigmas = continuous_levels(f64(0.0, 0.5, 1.0), t_min=0.2, shift_factor=3.0, t_max=0.6)
+    assert sigmas.tolist() == pytest.approx([0.42857142857, 0.66666666667, 0.81818181818], abs=1e-9)
+
+
 def test_continuous_levels():
     sigmas = continuous_levels(f64(0.0, 1 / 3, 2 / 3, 1.0), t_min=0.4, shift_factor=3.0)  # u = .4, .6, .8, 1
     assert sigmas.tolist() == pytest.approx([2 / 3, 9 / 11, 12 / 13, 1.0], abs=1e-12)
@@ -159,19 +175,33 @@ def test_continuous_levels():
     ],
 )
 def test_sde_step(sigma, next_sigma, s, mean, std, x_next, log_prob):
-    out, out_mean, out_std = flow_sde_step(f64(0.5), f64(-0.3), sigma, next_sigma, f64(0.7), max_sigma=0.96013)
-    assert out_std / math.sqrt(sigma - next_sigma) == pytest.approx(s, abs=1e-9)
-    assert out_mean.item() == pytest.approx(mean, abs=1e-9)
-    assert out_std == pytest.approx(std, abs=1e-9)
+    step = flow_sde_coefficients(sigma, next_sigma, max_sigma=0.96013)
+    x, v = f64(0.5), f64(-0.3)
+    out = flow_sde_step(x, v, f64(0.7), step)
+    assert step.diffusion == pytest.approx(s, abs=1e-9)
+    assert step.latent * 0.5 + step.velocity * -0.3 == pytest.approx(mean, abs=1e-9)
+    assert step.std == pytest.approx(std, abs=1e-9)
     assert out.item() == pytest.approx(x_next, abs=1e-9)
-    assert torch.distributions.Normal(out_mean, out_std).log_prob(out).item() == pytest.approx(log_prob, abs=1e-9)
+    error = denoising_error(v[None], flow_sde_target(x, out, step)[None])
+    assert step_log_prob(error, step.velocity, step.std).item() == pytest.approx(log_prob, abs=1e-9)
 
 
 def test_sde_without_noise_is_eulers_step():
     x_t, velocity, noise = latents(2, 4, 3, 3)
-    out, _mean, std = flow_sde_step(x_t, velocity, 0.9, 0.8, noise, noise_level=0.0, max_sigma=0.9)
-    assert std == 0
+    step = flow_sde_coefficients(0.9, 0.8, noise_level=0.0, max_sigma=0.9)
+    assert step.std == step.diffusion == 0
+    out = flow_sde_step(x_t, velocity, noise, step)
     torch.testing.assert_close(out, x_t - (0.9 - 0.8) * velocity, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("sigma", "next_sigma"), [(1.0, 0.96), (0.9, 0.8), (0.278, 0.009)])
+def test_the_target_is_the_velocity_that_leads_there(sigma, next_sigma):
+    x_t, velocity, noise = latents(2, 4, 3, 3)
+    step = flow_sde_coefficients(sigma, next_sigma, max_sigma=0.96)
+    x_next = flow_sde_step(x_t, velocity, noise, step)
+    target = flow_sde_target(x_t, x_next, step)
+    torch.testing.assert_close(flow_sde_step(x_t, target, torch.zeros_like(noise), step), x_next)
+    torch.testing.assert_close(target - velocity, step.std / step.velocity * noise)  # what the noise did
 
 
 def test_sde_keeps_the_marginal():
@@ -179,7 +209,7 @@ def test_sde_keeps_the_marginal():
     # the variance of the next level, to second order.
     for step in (1e-2, 1e-3):
         x_next = [
-            flow_sde_step(f64(x), f64(x) / 0.5, 0.5, 0.5 - step, f64(z), max_sigma=0.9)[0].item()
+            flow_sde_step(f64(x), f64(x) / 0.5, f64(z), flow_sde_coefficients(0.5, 0.5 - step, max_sigma=0.9)).item()
             for x, z in ((0.5, 0.0), (0.0, 1.0))
         ]
         assert x_next[0] ** 2 + x_next[1] ** 2 == pytest.approx((0.5 - step) ** 2, abs=2 * step**2)

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from trl_dgpo.rollout import GroupRolloutBuffer, Rollout
+from trl_dgpo.rollout import GroupRolloutBuffer, Preferences, Rollout, Trajectory
 
 
 NAN = float("nan")
 
 
-def rollout(**changes):
+def rollout(record_type=Rollout, **changes):
     """Groups 3, 4, 7 and 9 of 2, 3, 1 and 2 rollouts; every value tells its row."""
     fields = {
         "x0": torch.arange(8.0).view(8, 1, 1, 1).expand(8, 2, 3, 3).clone(),
@@ -19,7 +19,7 @@ def rollout(**changes):
         "advantages": torch.arange(8.0),
         "group_index": torch.tensor([3, 3, 4, 4, 4, 7, 9, 9]),
     }
-    return Rollout(**fields | changes)
+    return record_type(**fields | changes)
 
 
 def same(a: Rollout, b: Rollout) -> bool:
@@ -147,3 +147,76 @@ def test_a_buffer_takes_other_records():
     restored.load_state_dict(buffer.state_dict())
     assert restored.record.part(1, 2) == [1, 3, 5, 7]
     assert isinstance(restored.record, Numbers)
+
+
+# -- trajectories
+
+
+def trajectory(**changes):
+    """Of three steps, the second to fourth of the sampler; latents and log-probabilities tell their row."""
+    rows = torch.arange(8.0)
+    steps = {
+        "latents": rows.view(8, 1, 1, 1, 1) + torch.arange(4.0).view(4, 1, 1, 1) / 10 + torch.zeros(8, 4, 2, 3, 3),
+        "log_probs": rows[:, None] + torch.tensor([0.0, 0.25, 0.5]),
+        "steps": torch.tensor([1, 2, 3]).repeat(8, 1),
+    }
+    return rollout(Trajectory, **steps | changes)
+
+
+def test_a_part_of_trajectories_has_its_own_steps():
+    part = trajectory().part(1, 4)
+    assert isinstance(part, Trajectory)
+    assert part.latents[:, :, 0, 0, 0].tolist() == pytest.approx(
+        torch.tensor([[2, 2.1, 2.2, 2.3], [3, 3.1, 3.2, 3.3]])
+    )
+    assert part.log_probs.tolist() == [[2, 2.25, 2.5], [3, 3.25, 3.5]]
+    assert part.steps.tolist() == [[1, 2, 3]] * 2
+    assert part.groups.tolist() == [4]
+
+
+def test_saved_trajectories_come_back_to_the_bit(tmp_path):
+    buffer, restored = GroupRolloutBuffer(Trajectory), GroupRolloutBuffer(Trajectory)
+    buffer.fill(trajectory(latents=torch.randn(8, 4, 2, 3, 3)), round=3)
+    torch.save(buffer.state_dict(), tmp_path / "buffer.pt")
+    restored.load_state_dict(torch.load(tmp_path / "buffer.pt", weights_only=True))
+    assert isinstance(restored.record, Trajectory)
+    assert same(restored.record, buffer.record)
+
+
+def test_what_the_model_reads_of_a_trajectory_moves():
+    moved = trajectory().to("meta")
+    assert {name: getattr(moved, name).device.type for name in ("x0", "latents", "log_probs", "steps")} == {
+        **dict.fromkeys(("x0", "latents", "log_probs"), "meta"),
+        "steps": "cpu",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latents": torch.zeros(7, 4, 2, 3, 3)}, "lengths are .*'latents': 7"),
+        ({"log_probs": torch.zeros(8, 4)}, r"4 latents has 3 steps, but the shapes are .*'log_probs': \(8, 4\)"),
+        ({"steps": torch.zeros(8)}, r"3 steps, but the shapes are .*'steps': \(8,\)"),
+    ],
+)
+def test_bad_trajectories(changes, message):
+    with pytest.raises(ValueError, match=message):
+        trajectory(**changes)
+
+
+# -- preferences
+
+
+def test_a_part_of_preferences_keeps_what_its_images_are_preferred_to(tmp_path):
+    whole = rollout(Preferences, preferences=torch.arange(24.0).view(8, 3))
+    part = whole.part(1, 4)
+    assert isinstance(part, Preferences)
+    assert part.preferences.tolist() == [[6, 7, 8], [9, 10, 11]]
+    assert part.number_in_group.tolist() == [0, 1]  # of the whole group
+    torch.save(whole.state_dict(), tmp_path / "record.pt")
+    restored = Preferences.from_state_dict(torch.load(tmp_path / "record.pt", weights_only=True))
+    assert same(restored, whole)
+    with pytest.raises(ValueError, match="one row an image"):
+        rollout(Preferences, preferences=torch.zeros(7, 3))
+    with pytest.raises(TypeError, match="preferences"):
+        rollout(Preferences)

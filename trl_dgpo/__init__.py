@@ -1,4 +1,4 @@
-"""DGPO and GPO: reinforcement learning for text-to-image diffusion models in Hugging Face TRL."""
+"""DGPO, GPO and their family: reinforcement learning for text-to-image diffusion models in Hugging Face TRL."""
 
 from importlib import import_module
 
@@ -9,10 +9,17 @@ _EXPORTS = {
     "DGPOConfig": ".trainer.dgpo_config",
     "DGPOTrainer": ".trainer.dgpo_trainer",
     "DefaultDGPOStableDiffusionPipeline": ".ddpo_compat",
+    "DiffusionDPOConfig": ".trainer.diffusion_dpo_config",
+    "DiffusionDPOTrainer": ".trainer.diffusion_dpo_trainer",
+    "DiffusionSFTConfig": ".trainer.diffusion_sft_config",
+    "DiffusionSFTTrainer": ".trainer.diffusion_sft_trainer",
+    "FlowGRPOConfig": ".trainer.flow_grpo_config",
+    "FlowGRPOTrainer": ".trainer.flow_grpo_trainer",
     "GPOConfig": ".trainer.gpo_config",
     "GPOTrainer": ".trainer.gpo_trainer",
     "GroupRolloutBuffer": ".rollout",
     "Rollout": ".rollout",
+    "Trajectory": ".rollout",
 }
 
 __all__ = [*_EXPORTS]

@@ -1,5 +1,5 @@
 r"""
-Rewards of a group to advantages.
+Rewards of a group to advantages, or to preferences within pairs.
 
 A group is the rollouts of one prompt that were drawn together. `NaN` marks a reward that failed: its sample is out of
 every statistic and has advantage 0, as if it had not been drawn.
@@ -73,6 +73,63 @@ def group_advantages(
         clipped = advantages.clamp(-clip, clip)
         advantages = _centre(clipped, group_index, valid) if recenter_clipped else clipped
     return advantages
+
+
+def preference_pairs(
+    rewards: Tensor,
+    group_index: Tensor,
+    number_in_group: Tensor,
+    num_generations: int,
+    *,
+    selection: str = "max",
+) -> Tensor:
+    r"""
+    Pairs of each group that Diffusion-DPO compares, as the preference of each image over each member of its group.
+
+    \\( p_{ij} = 1 / P_g \\) where image i is preferred to member j in one of the \\( P_g \\) pairs selected from the
+    group, \\( -1 / P_g \\) where j is preferred to i, and 0 where they are no pair. So \\( p \\) is antisymmetric
+    within the group, the weights of a group's pairs add up to 1, and the sum of a row is the image's advantage: with
+    one pair, 1 for the better image and -1 for the worse.
+
+    Images of equal rewards are no pair, nor is one whose reward failed in any. Where rewards tie for a place, the
+    image of the lowest number in its group has it; of pairs of equal margin, the one whose better image has the lowest
+    number, then that whose worse one has.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B,)`):
+            Rewards of whole groups, in any order, `NaN` where failed.
+        group_index (`torch.Tensor` of shape `(B,)`):
+            Group of each rollout, 0..N-1.
+        number_in_group (`torch.Tensor` of shape `(B,)`):
+            Number of each rollout within its group, 0..G-1.
+        num_generations (`int`):
+            G.
+        selection (`str`, *optional*, defaults to `"max"`):
+            `"max"`: the best against the worst, as in online DPO. `"min"`: the two whose rewards differ least, yet do
+            differ. `"all"`: every two whose rewards differ. "max" and "min" are the ends of GPO's check of the pair
+            margin ([2505.11070](https://huggingface.co/papers/2505.11070)).
+
+    Returns:
+        `torch.Tensor` of shape `(B, G)`, dtype of `rewards`.
+
+    Raises:
+        `ValueError`: for an unknown `selection`.
+    """
+    if selection not in ("max", "min", "all"):
+        raise ValueError(f"`selection` is {selection!r}; it must be 'max', 'min' or 'all'.")
+    table = rewards.new_full((_count(group_index), num_generations), torch.nan)
+    table[group_index, number_in_group] = rewards
+    margins = table[:, :, None] - table[:, None]
+    wins = margins > 0  # never where one is NaN
+    if selection != "all":
+        # The first of equal ones, in the order of (better, worse).
+        best = margins.where(wins, -torch.inf).flatten(1).argmax(1, keepdim=True)
+        closest = margins.where(wins, torch.inf).flatten(1).argmin(1, keepdim=True)
+        chosen = torch.zeros_like(wins.flatten(1)).scatter(1, best if selection == "max" else closest, True)
+        wins = wins & chosen.view_as(wins)
+    preferences = wins.to(rewards.dtype) - wins.mT.to(rewards.dtype)
+    preferences = preferences / wins.sum((1, 2)).clamp(min=1)[:, None, None]
+    return preferences[group_index, number_in_group]
 
 
 def normalize_then_sum(

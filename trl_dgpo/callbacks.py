@@ -4,14 +4,17 @@ Trainer callbacks: what people look at during a run, and the files that it leave
     run.json, log.jsonl                               RunLogCallback
     samples/step-000040/, samples/step-000040.png     SampleImagesCallback
     completions/completions-000040.parquet            CompletionsCallback
+    (a folder of your choice) round-000040.parquet    SaveRolloutsCallback
 
 `trl_dgpo.report` makes a page of them. All is done by the main process alone; the others wait at their next
 collective operation.
 """
 
+import dataclasses
 import io
 import json
 import math
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback
@@ -26,6 +30,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from .rewards.scoring import Scores
 from .rollout import ScoredImages
+from .rollout_dataset import rounds_to_dataset
 from .run_files import LOG, written_aside
 
 
@@ -175,7 +180,7 @@ class RunLogCallback(TrainerCallback):
             return
         directory = Path(args.output_dir)
         if state.global_step == 0:
-            self._move_earlier(directory)
+            _move_aside(directory, [directory / name for name in self.FILES])
         with written_aside(directory / "run.json") as path:
             path.write_text(json.dumps(self.run, indent=2, default=str) + "\n", encoding="utf-8")
         self._file = directory / LOG
@@ -189,18 +194,6 @@ class RunLogCallback(TrainerCallback):
     def _append(self, line: str) -> None:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-
-    def _move_earlier(self, directory: Path) -> None:
-        earlier = [directory / name for name in self.FILES if (directory / name).exists()]
-        if not earlier:
-            return
-        number = 1
-        while (directory / f"_earlier-{number}").exists():
-            number += 1
-        aside = directory / f"_earlier-{number}"
-        aside.mkdir()
-        for path in earlier:
-            path.rename(aside / path.name)
 
 
 class SampleImagesCallback(TrainerCallback):
@@ -330,7 +323,76 @@ class CompletionsCallback(TrainerCallback):
             trackers.log_table("completions", shown, step)
 
 
+class SaveRolloutsCallback(TrainerCallback):
+    """
+    Keeps every round of a run as a rollout set to train on offline.
+
+    Round 40 is `round-000040.parquet` in the folder, with the columns of
+    [`~trl_dgpo.rollout_dataset.rounds_to_dataset`]; [`~trl_dgpo.rollout_dataset.load_rollouts`] reads all of them as
+    one data set. A file stands there whole or not at all. A run that is resumed writes the rounds since its checkpoint
+    anew; one that begins anew moves another's rounds to `_earlier-1` (`-2`, ...) in the folder.
+
+    Args:
+        output_dir (`str` or `os.PathLike`):
+            The folder. On several machines the main process alone writes.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike):
+        self.output_dir = Path(output_dir)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.global_step == 0:
+            _move_aside(self.output_dir, sorted(self.output_dir.glob("round-*.parquet")))
+
+    def on_rollout(self, args, state, control, scored: ScoredImages, **kwargs):
+        scored = whole_round(scored)
+        if state.is_world_process_zero:
+            with written_aside(self.output_dir / f"round-{scored.round:06d}.parquet") as path:
+                rounds_to_dataset([scored]).to_parquet(path)
+
+
+def whole_round(scored: ScoredImages) -> ScoredImages:
+    """
+    A round's images of all processes, in the order of their groups: every process must call this.
+
+    Args:
+        scored ([`ScoredImages`]):
+            This process's images.
+    """
+    names = ("images", "rewards", "advantages", "group_index", "x0")
+    own = {name: getattr(scored, name).cpu() for name in names}
+    parts = gather_object([dataclasses.replace(scored, **own)])
+    # A group may lie on several processes, its first images on the first.
+    order = torch.cat([part.group_index for part in parts]).argsort(stable=True)
+    rows = [row for part in parts for row in part.rows]
+    extra = {
+        name: [value for part in parts for value in part.extra.get(name, [None] * len(part.rows))]
+        for name in dict.fromkeys(name for part in parts for name in part.extra)
+    }
+    return dataclasses.replace(
+        scored,
+        **{name: torch.cat([getattr(part, name) for part in parts])[order] for name in names},
+        rows=[rows[i] for i in order],
+        by_name={name: torch.cat([part.by_name[name] for part in parts])[order] for name in scored.by_name},
+        extra={name: [values[i] for i in order] for name, values in extra.items()},
+    )
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _move_aside(directory: Path, earlier: list[Path]) -> None:
+    """Move an earlier run's files out of a new one's way."""
+    earlier = [path for path in earlier if path.exists()]
+    if not earlier:
+        return
+    number = 1
+    while (directory / f"_earlier-{number}").exists():
+        number += 1
+    aside = directory / f"_earlier-{number}"
+    aside.mkdir()
+    for path in earlier:
+        path.rename(aside / path.name)
 
 
 def _write_parquet(rows: list[dict[str, Any]], path: Path) -> None:

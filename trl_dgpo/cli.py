@@ -1,5 +1,5 @@
 """
-The command line: `trl-dgpo train|evaluate|sample|plan|report|serve-reward`, or `python -m trl_dgpo`.
+The command line: `trl-dgpo train|evaluate|sample|collect|plan|report|serve-reward`, or `python -m trl_dgpo`.
 
 `train`, `evaluate`, `sample` and `plan` take the same recipe, a YAML file of flags, and the same flags over it: those
 of this file, every field of [`DGPOConfig`] or [`GPOConfig`], and those of [`~trl.ModelConfig`]. So what a run was
@@ -15,14 +15,16 @@ import argparse
 import copy
 import json
 import logging
+import math
 import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +41,14 @@ if TYPE_CHECKING:
     from .trainer.dgpo_config import DGPOConfig
     from .trainer.dgpo_trainer import DGPOTrainer
 
-TRAINERS = ("dgpo", "gpo")
+# Files `trainer/<name>_trainer.py` and `trainer/<name>_config.py`, and the beginning of the classes in them.
+TRAINERS = {
+    "dgpo": "DGPO",
+    "gpo": "GPO",
+    "flow_grpo": "FlowGRPO",
+    "diffusion_dpo": "DiffusionDPO",
+    "diffusion_sft": "DiffusionSFT",
+}
 _NOT_OF_A_SUITE = {
     *("dataset_name", "dataset_config", "dataset_test_split", "eval_dataset_name"),
     *("reward_funcs", "eval_reward_funcs", "reward_weights", "eval_num_images"),
@@ -53,11 +62,14 @@ class DGPOScriptArguments:
 
     Args:
         trainer (`str`, *optional*, defaults to `"dgpo"`):
-            `"dgpo"` or `"gpo"`; decides which configuration's flags there are.
+            The method, a name of `TRAINERS`; decides which configuration's flags there are.
         dataset_name (`str`):
             Prompts: a set of [`trl_dgpo.prompts`] (such as `"ocr"`, `"tiny-ocr"` or `"geneval"`), a `.txt` file of one
             prompt a line, a `.jsonl`, `.json`, `.csv` or `.parquet` file with a column `prompt`, or a data set's id on
             the Hub.
+        rollouts_name (`str`, *optional*):
+            Saved rollouts to train on in place of prompts: a folder or an id on the Hub, see
+            [`~trl_dgpo.rollout_dataset.load_rollouts`]. `dataset_name` is then of use for its held-out prompts alone.
         dataset_config (`str`, *optional*):
             Configuration of a data set on the Hub.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
@@ -86,6 +98,13 @@ class DGPOScriptArguments:
         metadata={
             "help": f"Prompts: a set made here ({', '.join(PROMPT_SETS)}), a .txt file of one prompt a line, a "
             ".jsonl, .json, .csv or .parquet file with a column `prompt`, or a data set's id on the Hub."
+        },
+    )
+    rollouts_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Saved rollouts to train on in place of prompts: a folder (of `trl-dgpo collect`) or an id on the "
+            "Hub."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
@@ -206,6 +225,22 @@ class SampleArguments(DGPOScriptArguments):
 
 
 @dataclass
+class CollectArguments(DGPOScriptArguments):
+    """
+    Arguments of `trl-dgpo collect`.
+
+    Args:
+        num_rounds (`int`, *optional*, defaults to `1`):
+            Rounds to roll out, each of `prompts_per_round` x `num_generations` pictures.
+        output (`str`, *optional*, defaults to `"rollouts"`):
+            Folder for them, which must not be there yet.
+    """
+
+    num_rounds: int = field(default=1, metadata={"help": "Rounds to roll out."})
+    output: str = field(default="rollouts", metadata={"help": "Folder for them, which must not be there yet."})
+
+
+@dataclass
 class PlanArguments(DGPOScriptArguments):
     """
     Arguments of `trl-dgpo plan`.
@@ -295,7 +330,7 @@ def parse(
             Its name, for messages.
 
     Returns:
-        Its own arguments, a [`DGPOConfig`] or [`GPOConfig`], and a [`~trl.ModelConfig`].
+        Its own arguments, the method's configuration (a [`DGPOConfig`]), and a [`~trl.ModelConfig`].
 
     Raises:
         `ValueError`: for flags that do not exist, do not fit or cannot act.
@@ -309,11 +344,7 @@ def parse(
     trainer = known.trainer or recipe.get("trainer", "dgpo")
     if trainer not in TRAINERS:
         raise ValueError(f"`trainer` is {trainer!r}; it must be one of {', '.join(map(repr, TRAINERS))}.")
-    if trainer == "gpo":
-        from .trainer.gpo_config import GPOConfig as config_class
-    else:
-        from .trainer.dgpo_config import DGPOConfig as config_class
-    parser = make_parser(config_class, script_class, command)
+    parser = make_parser(_trainer_part(trainer, "config"), script_class, command)
     parser.set_defaults(disable_tqdm=False)  # unset, it follows the verbosity
     flags = [*flags, "--trainer", trainer, *(["--config", known.config] if known.config else [])]
     script, args, model, unknown = parser.parse_args_and_config(flags, return_remaining_strings=True)
@@ -332,12 +363,12 @@ def train(argv: list[str]) -> int:
         script, args, model = parse(argv)
         checkpoint = _checkpoint(args)
         trainer = _build(
-            script,
+            script.trainer,
             args,
             model,
-            train_dataset=_dataset(script, "train"),
+            train_dataset=_training_set(script),
             eval_dataset=None if args.eval_strategy == "no" else _dataset(script, "test"),
-            reward_funcs=_rewards(script.reward_funcs, normalize=True),
+            reward_funcs=_training_rewards(script),
             eval_reward_funcs=script.eval_reward_funcs and _rewards(script.eval_reward_funcs),
             peft_config=_peft_config(model),
         )
@@ -383,7 +414,7 @@ def evaluate(argv: list[str]) -> int:
             if script.eval_reward_funcs:
                 args.reward_weights = None
             output = None if script.output is None else _writable(Path(script.output))
-            trainer = _build_still(script, args, model, scratch, dataset, rewards)
+            trainer = _build_still(args, model, scratch, dataset, rewards)
         metrics = trainer.evaluate()
         if trainer.is_world_process_zero():
             _print_table({model.model_name_or_path: metrics})
@@ -418,7 +449,7 @@ def _evaluate_suite(script: EvaluateArguments, args: DGPOConfig, model: ModelCon
         evaluation = SuiteEvaluation(
             _writable(folder / "suite.json").parent,
             rows,
-            {label: partial(_generating, script, args, model, lora) for label, lora in {BASE: None, **loras}.items()},
+            {label: partial(_generating, args, model, lora) for label, lora in {BASE: None, **loras}.items()},
             dict(zip(names, _rewards(names), strict=True)),
             num_images=suite.num_images if script.num_images is None else script.num_images,
             mean_of_tags=suite.mean_of_tags,
@@ -453,9 +484,31 @@ def sample(argv: list[str]) -> int:
             from datasets import Dataset
 
             dataset = Dataset.from_dict({"prompt": script.prompts})
-            trainer = _build_still(script, args, model, scratch, dataset)
+            trainer = _build_still(args, model, scratch, dataset)
         if trainer.is_world_process_zero():
             _save_pictures(trainer.generate(script.prompts, num_images=script.num_images), script.prompts, folder)
+        trainer.end()
+    return 0
+
+
+def collect(argv: list[str]) -> int:
+    """`trl-dgpo collect`: rollouts of a model, scored and kept, for training without rollouts of its own."""
+    with _users_mistakes():
+        script, args, model = parse(argv, CollectArguments, "collect")
+        if script.num_rounds < 1:
+            raise ValueError(f"`num_rounds` is {script.num_rounds}; it must be at least 1.")
+        output = Path(script.output)
+        if output.exists():
+            raise ValueError(f"{script.output!r} is there already. Give another --output, or remove it.")
+        _writable(output)
+        rewards = _rewards(script.reward_funcs, normalize=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        with _users_mistakes():
+            trainer = _build_still(args, model, scratch, _dataset(script, "train"), rewards)
+        rollouts = trainer.collect_rollouts(script.num_rounds)
+        if trainer.is_world_process_zero():
+            rollouts.save_to_disk(output)
+            print(f"{len(rollouts)} rollouts are in {output}; their mean reward is {_mean(rollouts['reward']):.4f}.")
         trainer.end()
     return 0
 
@@ -580,6 +633,21 @@ def _check_model(model: ModelConfig, switched: bool) -> None:
         )
 
 
+def _training_set(script: DGPOScriptArguments) -> Any:
+    if script.rollouts_name is None:
+        return _dataset(script, "train")
+    from .rollout_dataset import load_rollouts
+
+    return load_rollouts(script.rollouts_name, split=script.dataset_train_split)
+
+
+def _training_rewards(script: DGPOScriptArguments) -> Any:
+    # Saved rollouts have their rewards with them; where some are named, they are scored anew.
+    if script.rollouts_name is not None and script.reward_funcs is None:
+        return None
+    return _rewards(script.reward_funcs, normalize=True)
+
+
 def _peft_config(model: ModelConfig) -> LoraConfig | None:
     from trl import get_peft_config
 
@@ -595,18 +663,12 @@ def _peft_config(model: ModelConfig) -> LoraConfig | None:
     return peft_config
 
 
-def _build(
-    script: DGPOScriptArguments, args: DGPOConfig, model: ModelConfig, pipeline: Any = None, **kwargs
-) -> DGPOTrainer:
+def _build(trainer: str, args: DGPOConfig, model: ModelConfig, pipeline: Any = None, **kwargs) -> DGPOTrainer:
     from trl import get_quantization_config
 
-    if script.trainer == "gpo":
-        from .trainer.gpo_trainer import GPOTrainer as trainer_class
-    else:
-        from .trainer.dgpo_trainer import DGPOTrainer as trainer_class
     # TRL takes the quantised layers' arithmetic from `dtype`, which says nothing here.
     model.dtype = _dtype(args)
-    return trainer_class(
+    return _trainer_part(trainer, "trainer")(
         model=pipeline or model.model_name_or_path,
         args=args,
         quantization_config=get_quantization_config(model),
@@ -614,8 +676,12 @@ def _build(
     )
 
 
+def _trainer_part(trainer: str, part: str) -> type:
+    """A method's trainer or configuration: `part` is `"trainer"` or `"config"`."""
+    return getattr(import_module(f".trainer.{trainer}_{part}", __package__), TRAINERS[trainer] + part.capitalize())
+
+
 def _build_still(
-    script: DGPOScriptArguments,
     args: DGPOConfig,
     model: ModelConfig,
     scratch: str,
@@ -623,17 +689,19 @@ def _build_still(
     rewards: Any = None,
     pipeline: Any = None,
 ) -> DGPOTrainer:
-    """A trainer that trains nothing: it loads the weights as training would and leaves the run's folder alone."""
+    """
+    A trainer that trains nothing: it loads the weights as training would and leaves the run's folder alone.
+
+    Any method's configuration will do, and DGPO's trainer asks no method's training data.
+    """
     args.output_dir, args.push_to_hub, args.report_to, args.num_log_images = scratch, False, [], 0
     if rewards is None:
         rewards, args.reward_weights = _no_reward, None
-    return _build(script, args, model, pipeline, train_dataset=dataset, eval_dataset=dataset, reward_funcs=rewards)
+    return _build("dgpo", args, model, pipeline, train_dataset=dataset, eval_dataset=dataset, reward_funcs=rewards)
 
 
 @contextmanager
-def _generating(
-    script: DGPOScriptArguments, args: DGPOConfig, model: ModelConfig, lora: str | None
-) -> Iterator[Callable[..., Tensor]]:
+def _generating(args: DGPOConfig, model: ModelConfig, lora: str | None) -> Iterator[Callable[..., Tensor]]:
     """What draws pictures with a model, or with a LoRA on it."""
     import torch
     from datasets import Dataset
@@ -659,7 +727,7 @@ def _generating(
                 # They have acted.
                 args.model_init_kwargs, model.load_in_4bit, model.load_in_8bit = None, False, False
             prompts = Dataset.from_dict({"prompt": [""]})
-            trainer = _build_still(script, args, model, scratch, prompts, pipeline=pipeline)
+            trainer = _build_still(args, model, scratch, prompts, pipeline=pipeline)
         yield trainer.generate  # not ended: that would part the processes, before the next model
 
 
@@ -793,6 +861,12 @@ def _writable(path: Path) -> Path:
     return path
 
 
+def _mean(rewards: Iterable[float]) -> float:
+    """The mean of those that did not fail."""
+    known = [reward for reward in rewards if not math.isnan(reward)]
+    return sum(known) / len(known) if known else math.nan
+
+
 def _print_table(columns: dict[str, dict[str, float]]) -> None:
     names = [
         name
@@ -812,6 +886,7 @@ _COMMANDS = {
     "train": (train, "Train a model with a reward."),
     "evaluate": (evaluate, "Measure a model on held-out prompts."),
     "sample": (sample, "Draw pictures of prompts."),
+    "collect": (collect, "Roll a model out, score it and keep the rollouts, to train on them later."),
     "plan": (plan, "Compute the GPU memory that a run needs, and what fits."),
     "report": (report, "Write one HTML file that shows a run."),
     "serve-reward": (serve_reward, "Serve a reward over HTTP."),

@@ -336,6 +336,7 @@ def modern_call(
     model: Any,
     train_dataset: Any,
     config_class: type,
+    needs_rewards: bool = True,
 ) -> TrainerCall:
     """
     A trainer's arguments, given in DDPO's form, in today's, or in a mixture.
@@ -347,6 +348,8 @@ def modern_call(
             Today's names of the first four.
         config_class (`type`):
             Class that the configuration must have, and that is made if none is given.
+        needs_rewards (`bool`, *optional*, defaults to `True`):
+            Whether there must be a reward: not where the data set holds them.
 
     Returns:
         [`TrainerCall`].
@@ -365,7 +368,7 @@ def modern_call(
     _at_most_one(config=config, args=args)
     args = args if config is None else config
     args = config_class() if args is None else args
-    _exactly_one(reward_function=reward_function, reward_funcs=reward_funcs)
+    (_exactly_one if needs_rewards else _at_most_one)(reward_function=reward_function, reward_funcs=reward_funcs)
     _exactly_one(prompt_function=prompt_function, train_dataset=train_dataset)
     _exactly_one(sd_pipeline=sd_pipeline, model=model)
     for name, value in (

@@ -17,6 +17,7 @@ x0-errors over group and \\( D \\) latent elements; its \\( \beta' \\) is \\( \b
 since the squared x0-error is \\( \sigma^2 \\) times that of the velocity.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,44 @@ class GroupLoss(NamedTuple):
     objective: Tensor
     score: Tensor
     gate: Tensor
+
+
+class PairLoss(NamedTuple):
+    """
+    A pairwise objective and what it was made of.
+
+    Args:
+        loss (`torch.Tensor`):
+            Scalar with gradient.
+        objective (`torch.Tensor`):
+            Scalar without gradient: mean over groups of the mean over the group's pairs of \\( -\\log \\sigma(-s)
+            \\).
+        score (`torch.Tensor` of shape `(B, G)`):
+            \\( s_{ij} \\) of each image against each member of its group, without gradient. It has a meaning only
+            where there is a pair.
+    """
+
+    loss: Tensor
+    objective: Tensor
+    score: Tensor
+
+
+class PolicyGradientLoss(NamedTuple):
+    """
+    A clipped policy-gradient loss and what it was made of.
+
+    Args:
+        loss (`torch.Tensor`):
+            Scalar with gradient.
+        ratio (`torch.Tensor` of shape `(B,)`):
+            Probability of each sample's step over that at sampling time, without gradient.
+        clipped (`torch.Tensor` of shape `(B,)`):
+            Mask of the samples that the clip takes the gradient from.
+    """
+
+    loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
 
 
 def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -285,6 +324,179 @@ def diffusion_dpo_loss(
     """
     margin = (errors_w - reference_errors_w) - (errors_l - reference_errors_l)
     return F.softplus(beta / 2 * margin).mean()
+
+
+def pairwise_dpo_loss(
+    errors: Tensor,
+    reference_errors: Tensor,
+    preferences: Tensor,
+    group_index: Tensor,
+    number_in_group: Tensor,
+    *,
+    beta: float,
+    num_groups: int | None = None,
+    margins: Tensor | None = None,
+    loss_type: str = "surrogate",
+) -> PairLoss:
+    r"""
+    Diffusion-DPO's loss ([2311.12908](https://huggingface.co/papers/2311.12908), Eq. 14) of pairs within groups.
+
+    With margins \( m_i = d_i - d_i^{\mathrm{ref}} \) and scores \( s_{ij} = rac{eta}{2} (m_i - m_j) \),
+    `"logsigmoid"` is \( rac{1}{N} \sum_g rac{1}{P_g} \sum_{(w, l) \in g} -\log \sigma(-s_{wl}) \):
+    [`diffusion_dpo_loss`] of each pair, its mean over the \( P_g \) pairs of a group and then over groups. A group
+    without a pair adds 0, but is one of the N.
+
+    `"surrogate"` is \( rac{1}{N} \sum_g rac{1}{2} \sum_{i \in g} c_i d_i \), \( c_i = rac{1}{P_g} \sum_j
+    \pm\sigma(\pm s_{ij}) \) over i's pairs, with plus where i is preferred and minus where j is, and \( c_i \) held
+    constant. Its gradient is exactly \( 1 / eta \) times that of `"logsigmoid"`, as in [`dgpo_loss`], to which
+    both are equal for groups of two with advantages 1 and -1.
+
+    The losses, objectives and gradients of parts of a group (micro-batches, processes) add up to those of the whole:
+    half of a pair's value stands with each of its two images.
+
+    Args:
+        errors (`torch.Tensor` of shape `(B,)`):
+            The policy's errors.
+        reference_errors (`torch.Tensor` of shape `(B,)`):
+            The reference's errors at the same noise and level.
+        preferences (`torch.Tensor` of shape `(B, G)`):
+            Preference of each image over each member of its group, from
+            [`~trl_dgpo.advantages.preference_pairs`].
+        group_index (`torch.Tensor` of shape `(B,)`):
+            Group of each sample, 0..N-1.
+        number_in_group (`torch.Tensor` of shape `(B,)`):
+            Number of each sample within its group, 0..G-1.
+        beta (`float`):
+            Strength of the reference.
+        num_groups (`int`, *optional*):
+            N, groups without a pair included. The largest index plus 1 if not given.
+        margins (`torch.Tensor` of shape `(N, G)`, *optional*):
+            \( m \) of the whole groups, where `errors` may lack a member of a pair. If not given, those of the
+            samples that are here.
+        loss_type (`str`, *optional*, defaults to `"surrogate"`):
+            `"surrogate"` or `"logsigmoid"`.
+
+    Returns:
+        [`PairLoss`].
+
+    Raises:
+        `ValueError`: for an unknown `loss_type`.
+    """
+    num_groups = _num_groups(group_index, None, num_groups)
+    own = errors - reference_errors
+    if margins is None:
+        margins = own.new_zeros(num_groups, preferences.shape[1])
+        margins[group_index, number_in_group] = own.detach()
+    margins, preferences = margins.detach().to(errors.dtype), preferences.to(errors.dtype)
+    score = beta / 2 * (margins[group_index, number_in_group][:, None] - margins[group_index])
+    sign, weights = preferences.sign(), preferences.abs() / num_groups
+    objective = (weights * F.softplus(sign * score)).sum() / 2  # -log sigmoid(-s) = softplus(s)
+    if loss_type == "surrogate":
+        coefficients = (sign * weights * (sign * score).sigmoid()).sum(1)
+        loss = (coefficients * errors).sum() / 2
+    elif loss_type == "logsigmoid":
+        # Half of a pair's value, but the whole of the gradient that it has through this image: the other image's
+        # margin is a constant here, as this one's is in the other's row.
+        moving = (weights * F.softplus(sign * (score + beta / 2 * (own - own.detach())[:, None]))).sum()
+        loss = moving - moving.detach() + objective
+    else:
+        raise ValueError(f"`loss_type` is {loss_type!r}; Diffusion-DPO has 'surrogate' and 'logsigmoid'.")
+    return PairLoss(loss, objective, score)
+
+
+def step_log_prob(errors: Tensor, velocity_coefficient: float, std: float) -> Tensor:
+    r"""
+    Log-probability of a stochastic step, from the error of the predicted velocity.
+
+    The step's mean \\( \mu = a x + b v \\) is affine in the velocity, so that with \\( v^* = (x' - a x) / b \\), the
+    velocity that would have led exactly to where the step went, \\( x' - \mu = b (v^* - v) \\) and
+
+    \\( \log p(x' | x) = -\frac{b^2}{2\,\mathrm{std}^2} \, d - \log \mathrm{std} - \tfrac12 \log 2\pi, \quad d =
+    \mathrm{mean}(v - v^*)^2 \\).
+
+    A mean over latent elements where a density has their sum, as in Flow-GRPO's code: the clip range has meaning only
+    with this choice.
+
+    Args:
+        errors (`torch.Tensor` of shape `(B,)`):
+            \\( d \\), the [`denoising_error`] against \\( v^* \\).
+        velocity_coefficient (`float`):
+            \\( b \\).
+        std (`float`):
+            Standard deviation of the step.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+    """
+    return -((velocity_coefficient / std) ** 2) / 2 * errors - math.log(std * math.sqrt(2 * math.pi))
+
+
+def step_kl(divergence: Tensor, velocity_coefficient: float, diffusion: float) -> Tensor:
+    r"""
+    Flow-GRPO's KL term of a stochastic step, \\( \mathrm{mean}(\mu - \mu_{\mathrm{ref}})^2 / 2 s^2 = \frac{b^2}{2
+    s^2} \, \mathrm{mean}(v - v_{\mathrm{ref}})^2 \\).
+
+    As in the authors' code it divides by the square of the diffusion \\( s \\), not by that of the step's deviation
+    \\( s \sqrt{\sigma - \sigma'} \\): it is the KL divergence of the two steps times \\( \sigma - \sigma' \\).
+
+    Args:
+        divergence (`torch.Tensor` of shape `(B,)`):
+            Mean squared difference of the velocities of policy and reference.
+        velocity_coefficient (`float`):
+            \\( b \\).
+        diffusion (`float`):
+            \\( s \\).
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+    """
+    return (velocity_coefficient / diffusion) ** 2 / 2 * divergence
+
+
+def flow_grpo_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    group_index: Tensor,
+    *,
+    clip_range: float | None,
+    group_sizes: Tensor | None = None,
+    num_groups: int | None = None,
+) -> PolicyGradientLoss:
+    r"""
+    Flow-GRPO's loss ([2505.05470](https://huggingface.co/papers/2505.05470), Eq. 5): PPO's, over the steps of the
+    sampler.
+
+    \\( \frac{1}{N} \sum_g \frac{1}{G_g} \sum_{i \in g} \max(-A_i \rho_i,\, -A_i \,\mathrm{clip}(\rho_i, 1 - c, 1 +
+    c)) \\) with \\( \rho_i = \exp(\log p_\theta - \log p_{\mathrm{old}}) \\).
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B,)`):
+            Log-probability of each sample's step, see [`step_log_prob`].
+        old_log_probs (`torch.Tensor` of shape `(B,)`):
+            The same when it was sampled.
+        advantages (`torch.Tensor` of shape `(B,)`):
+            Advantages, 0 for a masked sample.
+        group_index (`torch.Tensor` of shape `(B,)`):
+            Group of each sample, 0..N-1.
+        clip_range (`float`, *optional*):
+            \\( c \\). Log-probabilities are means over latent elements, so useful values are 1e-5 to 1e-2. `None` for
+            no clip.
+        group_sizes, num_groups:
+            As in [`dgpo_loss`].
+
+    Returns:
+        [`PolicyGradientLoss`].
+    """
+    ratio = (log_probs - old_log_probs).exp()
+    weights = _sample_weights(advantages.to(ratio.dtype), group_index, group_sizes, num_groups)
+    losses, clipped = -weights * ratio, torch.zeros_like(ratio, dtype=torch.bool)
+    if clip_range is not None:
+        losses = torch.maximum(losses, -weights * ratio.clamp(1 - clip_range, 1 + clip_range))
+        passed = ratio.detach()
+        clipped = ((weights > 0) & (passed > 1 + clip_range)) | ((weights < 0) & (passed < 1 - clip_range))
+    loss = losses.sum() / _num_groups(group_index, group_sizes, num_groups)
+    return PolicyGradientLoss(loss, ratio.detach(), clipped)
 
 
 def group_mean(

@@ -7,8 +7,32 @@ Conventions, stated once. Flow matching: `sigma` in [0, 1], 0 is data and 1 is n
 \epsilon \\). Noise, levels and uniforms are arguments; nothing is drawn here.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class SDECoefficients(NamedTuple):
+    r"""
+    A stochastic step \\( x' = a x + b v + \mathrm{std}\, z \\) of the reverse flow, from \\( \sigma \\) to \\( \sigma'
+    \\).
+
+    Args:
+        latent (`float`):
+            \\( a \\), what the mean has of the present latent.
+        velocity (`float`):
+            \\( b < 0 \\), what it has of the predicted velocity.
+        diffusion (`float`):
+            \\( s \\), the noise of a unit of time.
+        std (`float`):
+            \\( s \sqrt{\sigma - \sigma'} \\), that of the step.
+    """
+
+    latent: float
+    velocity: float
+    diffusion: float
+    std: float
 
 
 def flow_noise(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
@@ -143,47 +167,72 @@ def continuous_levels(uniform: Tensor, t_min: float, shift_factor: float, *, t_m
     return shift(t_min + (t_max - t_min) * uniform, shift_factor)
 
 
-def flow_sde_step(
-    x_t: Tensor,
-    velocity: Tensor,
-    sigma: float,
-    next_sigma: float,
-    noise: Tensor,
-    *,
-    noise_level: float = 0.7,
-    max_sigma: float,
-) -> tuple[Tensor, Tensor, float]:
+def flow_sde_coefficients(
+    sigma: float, next_sigma: float, *, noise_level: float = 0.7, max_sigma: float
+) -> SDECoefficients:
     r"""
-    One stochastic step of the reverse flow (Flow-GRPO, [2505.05470](https://huggingface.co/papers/2505.05470)).
+    Coefficients of a stochastic step (Flow-GRPO, [2505.05470](https://huggingface.co/papers/2505.05470)).
 
-    With \\( \Delta = \sigma' - \sigma < 0 \\) and \\( s = a \sqrt{\sigma / (1 - \sigma)} \\): \\( \mu = x (1 + s^2
-    \Delta / 2\sigma) + v (1 + s^2 (1 - \sigma) / 2\sigma) \Delta \\) and \\( x' = \mu + s \sqrt{-\Delta}\, z \\).
+    With \\( \Delta = \sigma' - \sigma < 0 \\) and \\( s = \eta \sqrt{\sigma / (1 - \sigma)} \\) the step's mean is
+    affine in latent and velocity: \\( a = 1 + s^2 \Delta / 2\sigma \\), \\( b = (1 + s^2 (1 - \sigma) / 2\sigma)
+    \Delta \\). Its marginals are those of the ODE, to first order in \\( \Delta \\).
 
     Args:
-        x_t (`torch.Tensor`):
-            Latent at `sigma`.
-        velocity (`torch.Tensor`):
-            Predicted velocity there.
         sigma (`float`):
             Present level in (0, 1].
         next_sigma (`float`):
             Next level, below `sigma`.
-        noise (`torch.Tensor`):
-            Standard normal \\( z \\).
         noise_level (`float`, *optional*, defaults to `0.7`):
-            \\( a \\).
+            \\( \eta \\); 0 is Euler's step on the ODE.
         max_sigma (`float`):
             Stands for `sigma` in \\( s \\)'s denominator where `sigma` is 1 and the denominator 0: the grid's second
             level, as in the authors' code.
 
     Returns:
-        `tuple`: the next latent, its mean and the standard deviation \\( s \sqrt{-\Delta} \\) of the step.
+        [`SDECoefficients`].
     """
     delta = next_sigma - sigma
     s = noise_level * (sigma / (1 - (max_sigma if sigma == 1 else sigma))) ** 0.5
-    mean = x_t * (1 + s**2 * delta / (2 * sigma)) + velocity * (1 + s**2 * (1 - sigma) / (2 * sigma)) * delta
-    std = s * (-delta) ** 0.5
-    return mean + std * noise, mean, std
+    return SDECoefficients(
+        latent=1 + s**2 * delta / (2 * sigma),
+        velocity=(1 + s**2 * (1 - sigma) / (2 * sigma)) * delta,
+        diffusion=s,
+        std=s * (-delta) ** 0.5,
+    )
+
+
+def flow_sde_step(x_t: Tensor, velocity: Tensor, noise: Tensor, coefficients: SDECoefficients) -> Tensor:
+    r"""
+    One stochastic step, \\( x' = a x + b v + \mathrm{std}\, z \\).
+
+    Args:
+        x_t (`torch.Tensor`):
+            Latent at the present level.
+        velocity (`torch.Tensor`):
+            Predicted velocity there.
+        noise (`torch.Tensor`):
+            Standard normal \\( z \\).
+        coefficients ([`SDECoefficients`]):
+            From [`flow_sde_coefficients`].
+    """
+    return coefficients.latent * x_t + coefficients.velocity * velocity + coefficients.std * noise
+
+
+def flow_sde_target(x_t: Tensor, x_next: Tensor, coefficients: SDECoefficients) -> Tensor:
+    r"""
+    The velocity whose step, without noise, leads from `x_t` to `x_next`: \\( v^* = (x' - a x) / b \\).
+
+    A step is the likelier the nearer the predicted velocity is to it, see [`~trl_dgpo.losses.step_log_prob`].
+
+    Args:
+        x_t (`torch.Tensor`):
+            Latent before the step.
+        x_next (`torch.Tensor`):
+            Latent after it.
+        coefficients ([`SDECoefficients`]):
+            From [`flow_sde_coefficients`].
+    """
+    return (x_next - coefficients.latent * x_t) / coefficients.velocity
 
 
 def _per_sample(value: Tensor | float, like: Tensor) -> Tensor | float:

@@ -513,10 +513,10 @@ def _once_training(args: Any) -> tuple[str, ...]:
 
 def _views(sizes: ModelSizes, args: Any) -> list[str]:
     """Views that cost as much as the trained weights, by the trainer's rules; a new adapter's base costs nothing."""
-    reference = None if args.loss_type == "linear" else args.reference
+    reference = args.reference if args.has_gate else None
     kept = {
         "ema": args.save_ema or args.eval_strategy != "no" or args.num_log_images > 0,
-        "old": args.clip_range is not None or args.old_policy_after is not None or reference == "old",
+        "old": args.clips_errors or args.old_policy_after is not None or reference == "old",
         "reference": reference == "refreshed",
         "base": (sizes.goes_on or args.full_finetuning) and (args.kl_coef or reference == "frozen"),
     }
@@ -562,9 +562,11 @@ def _data_parts(sizes: ModelSizes, args: Any) -> Iterator[Part]:
     latent = math.prod(sizes.latent_shape(args.height, args.width))
     row = sizes.text_tokens * sizes.transformer["joint_attention_dim"] + sizes.transformer["pooled_projection_dim"]
     size, images, prompts = _load_bytes(args), _images(args), math.ceil(args.prompts_per_round / args.world_size)
-    formula = f"{images} images x {latent} x 4 bytes + {prompts} prompts x {row} x {size} bytes"
-    yield Part("rollouts of the round", 4 * latent * images + size * row * prompts, formula, _once_training(args))
-    drawn = {"noise": (math.ceil(prompts / args.updates_per_round), "groups", 4)}
+    kept = images * args.latents_per_image
+    formula = f"{kept} latents x {latent} x 4 bytes + {prompts} prompts x {row} x {size} bytes"
+    yield Part("rollouts of the round", 4 * latent * kept + size * row * prompts, formula, _once_training(args))
+    noises = math.ceil(args.noises_per_update / args.world_size)
+    drawn = {"noise": (noises, "groups" if args.shared_noise else "images", 4)}
     if args.kl_coef and not args.offload_reference:
         drawn["base's predictions"] = (images // args.updates_per_round, "images", 2 if _half(args) else 4)
     for name, (number, of, size) in drawn.items():

@@ -1,8 +1,9 @@
 """
 What a round of rollouts leaves behind for training.
 
-`Rollout` holds exactly what an update reads: clean latents, conditioning, rewards, advantages and groups.
-Trajectories, noise and log-probabilities are not among them: the group objective noises `x0` afresh.
+`Rollout` holds exactly what an update reads: clean latents, conditioning, rewards, advantages and groups. The group
+objectives noise `x0` afresh, so where it came from is not kept; `Trajectory` adds that for a method which learns from
+the steps of the sampler themselves.
 `GroupRolloutBuffer` keeps one record for the length of a round. A process may hold only some rollouts of a group: what
 concerns the whole group (its advantages, its size) is settled before the record is made.
 """
@@ -132,6 +133,53 @@ class Rollout:
         return cls(**state)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Trajectory(Rollout):
+    """
+    Rollouts with K consecutive stochastic steps of their sampling, in float32: what is left of a small step in half
+    precision is mostly rounding.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, K + 1, C, H, W)`):
+            Latents before each of these steps, and after the last.
+        log_probs (`torch.Tensor` of shape `(B, K)`):
+            Log-probability of each step under the policy that took it, a mean over latent elements.
+        steps (`torch.Tensor` of shape `(B, K)`):
+            Numbers of these steps in the sampler's grid, the same for all images.
+
+    Raises:
+        `ValueError`: as [`Rollout`], or if the numbers of steps do not fit one another.
+    """
+
+    latents: Tensor
+    log_probs: Tensor
+    steps: Tensor
+
+    def __post_init__(self):
+        super().__post_init__()
+        count = self.latents.shape[1] - 1
+        shapes = {name: tuple(getattr(self, name).shape) for name in ("log_probs", "steps")}
+        if any(shape[1:] != (count,) for shape in shapes.values()):
+            raise ValueError(f"A trajectory of {count + 1} latents has {count} steps, but the shapes are {shapes}.")
+
+    def to(self, device: torch.device | str) -> "Trajectory":
+        return replace(super().to(device), latents=self.latents.to(device), log_probs=self.log_probs.to(device))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Preferences(Rollout):
+    """
+    Rollouts with what each is preferred to: Diffusion-DPO's record.
+
+    Args:
+        preferences (`torch.Tensor` of shape `(B, G)`):
+            Preference of each image over each member of its whole group, by its number, wherever that member is. From
+            [`~trl_dgpo.advantages.preference_pairs`].
+    """
+
+    preferences: Tensor
+
+
 class Record(Protocol):
     """What a buffer can hold: rollouts that can be divided, moved, saved and restored."""
 
@@ -211,6 +259,8 @@ class ScoredImages:
             Group of each image, ascending.
         extra (`dict[str, list]`):
             What rewards gave to `log_extra`, one value an image.
+        x0 (`torch.Tensor` of shape `(B, C, h, w)`):
+            The images' clean latents.
     """
 
     round: int
@@ -221,3 +271,4 @@ class ScoredImages:
     advantages: Tensor
     group_index: Tensor
     extra: dict[str, list]
+    x0: Tensor

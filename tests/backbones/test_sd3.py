@@ -22,13 +22,16 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from PIL import Image
 from tiny_models import tiny_random_pipeline
 
 from trl_dgpo.backbones import load_backbone, sd3
 from trl_dgpo.backbones.sd3 import SD3Backbone
 from trl_dgpo.noising import trainable_levels
 from trl_dgpo.policy import Policy
+from trl_dgpo.tiny import pipeline_source
 
 
 PROMPTS = ["a sign: cafe", "a sign: hi"]
@@ -241,6 +244,103 @@ def test_the_sde_without_noise_is_eulers_ode():
         backbone = SD3Backbone(tiny_random_pipeline(), sampler=sampler, max_sequence_length=8)
         outputs.append(backbone.sample(noise(2, 4, 8, 8), backbone.encode(PROMPTS), num_steps=4, guidance_scale=1.0))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("sigmas", ["dpm", "model"])
+def test_outside_the_stochastic_steps_the_sde_is_the_ode(sigmas):
+    backbone = make_backbone(sampler="sde", sigmas=sigmas)
+    conditioning, rollout, window, kept = backbone.encode(PROMPTS), {"num_steps": 6, "guidance_scale": 2.0}, (2, 3), []
+    x0 = backbone.sample(
+        noise(2, 4, 8, 8),
+        conditioning,
+        step_noise=lambda i: noise(2, 4, 8, 8, seed=i) if i in window else None,
+        noise_level=0.3,
+        keep=lambda *step: kept.append(step),
+        **rollout,
+    )
+    assert [i for i, *_ in kept] == [2, 3]
+    assert torch.equal(kept[0][3], kept[1][1])  # the latents after a step are those before the next
+    levels = [1.0, *backbone._step_levels(6)[1:]]
+    for i, x_t, velocity, x_next in kept:
+        delta, s = levels[i + 1] - levels[i], 0.3 * (levels[i] / (1 - levels[i])) ** 0.5
+        mean = x_t * (1 + s**2 * delta / (2 * levels[i]))
+        mean = mean + velocity * (1 + s**2 * (1 - levels[i]) / (2 * levels[i])) * delta
+        torch.testing.assert_close((x_next - mean) / (s * (-delta) ** 0.5), noise(2, 4, 8, 8, seed=i))
+        again = backbone.predict(x_t, backbone.sigmas(6)[i].item(), conditioning, guidance_scale=2.0)
+        torch.testing.assert_close(velocity, again)
+    # No step is stochastic, and so all are the ODE's, to rounding; and so are those before and after the window.
+    plain = backbone.sample(noise(2, 4, 8, 8), conditioning, **rollout)
+    none = backbone.sample(noise(2, 4, 8, 8), conditioning, step_noise=lambda i: None, **rollout)
+    torch.testing.assert_close(none, plain, rtol=0, atol=1e-5)
+    on_the_way = ode(backbone, noise(2, 4, 8, 8), conditioning, range(2))
+    torch.testing.assert_close(kept[0][1], on_the_way, rtol=0, atol=1e-5)
+    torch.testing.assert_close(x0, ode(backbone, kept[1][3], conditioning, range(4, 6)), rtol=0, atol=1e-5)
+
+
+def ode(backbone, latents, conditioning, steps):
+    edges, sigmas = backbone._step_levels(6), backbone.sigmas(6).tolist()
+    with torch.no_grad():
+        for i in steps:
+            velocity = backbone.predict(latents, sigmas[i], conditioning, guidance_scale=2.0)
+            latents = latents + (edges[i + 1] - edges[i]) * velocity
+    return latents
+
+
+def test_stochastic_steps_are_kept_in_float32():
+    backbone, kept = make_backbone(sampler="sde"), []
+    backbone.transformer.to(torch.bfloat16)
+    conditioning = {name: rows.bfloat16() for name, rows in backbone.encode(PROMPTS).items()}
+    calls = record_calls(backbone.transformer)
+    x0 = backbone.sample(
+        noise(2, 4, 8, 8),
+        conditioning,
+        num_steps=3,
+        guidance_scale=1.0,
+        step_noise=lambda i: noise(2, 4, 8, 8, seed=i),
+        keep=lambda *step: kept.append(step),
+    )
+    assert x0.dtype == torch.bfloat16
+    assert {call["hidden_states"].dtype for call in calls} == {torch.bfloat16}
+    assert {tensor.dtype for step in kept for tensor in step[1:]} == {torch.float32}
+    assert not torch.equal(kept[1][1], kept[1][1].bfloat16().float())  # and not only cast to it
+    step = backbone.sde_coefficients(3)[1]
+    _, x_t, velocity, x_next = kept[1]
+    z = (x_next - step.latent * x_t - step.velocity * velocity) / step.std
+    torch.testing.assert_close(z, noise(2, 4, 8, 8, seed=1), rtol=0, atol=1e-5)
+
+
+def test_there_is_nothing_to_keep_without_noise():
+    backbone = make_backbone(sampler="sde")
+    with pytest.raises(ValueError, match="`keep` is given without `step_noise`"):
+        backbone.sample(
+            noise(2, 4, 8, 8), backbone.encode(PROMPTS), num_steps=2, guidance_scale=1.0, keep=lambda *step: None
+        )
+
+
+@pytest.mark.parametrize("sigmas", ["dpm", "model"])
+def test_the_coefficients_of_stochastic_steps(sigmas):
+    backbone = make_backbone(sampler="sde", sigmas=sigmas)
+    steps, levels = backbone.sde_coefficients(10, noise_level=0.7), backbone._step_levels(10)
+    assert len(steps) == 9  # the last one is never stochastic
+    assert backbone.sde_coefficients(1) == []
+    # from level 1, with the second level in the denominator; then from the grid's own
+    assert steps[0].diffusion == pytest.approx(0.7 * (1 / (1 - levels[1])) ** 0.5)
+    assert steps[0].std == pytest.approx(0.7)
+    assert steps[0].latent == pytest.approx(1 - 0.49 / 2)
+    assert steps[4].diffusion == pytest.approx(0.7 * (levels[4] / (1 - levels[4])) ** 0.5)
+    assert all(step.velocity < 0 < step.std for step in steps)
+
+
+def test_the_negative_side_of_guidance_has_no_gradient():
+    backbone = make_backbone()
+    conditioning, x_t = backbone.encode(PROMPTS), noise(2, 4, 8, 8)
+    weight = backbone.transformer.proj_out.weight.requires_grad_()
+
+    def gradient(guidance_scale):
+        prediction = backbone.predict(x_t, 0.5, conditioning, guidance_scale=guidance_scale)
+        return torch.autograd.grad((prediction * noise(2, 4, 8, 8, seed=1)).sum(), weight)[0]
+
+    torch.testing.assert_close(gradient(3.0), 3 * gradient(1.0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("guidance_scale", "batch"), [(1.0, 2), (0.0, 2), (4.5, 4)])
@@ -579,6 +679,49 @@ def test_max_sequence_length_and_negative_prompt_count():
     x0 = backbone.sample(noise(2, 4, 8, 8), backbone.encode(PROMPTS), **rollout)
     away = make_backbone(negative_prompt="ugly")
     assert not torch.equal(x0, away.sample(noise(2, 4, 8, 8), away.encode(PROMPTS), **rollout))
+
+
+def test_encoded_images_are_the_image_to_image_pipelines(monkeypatch):
+    from diffusers import StableDiffusion3Img2ImgPipeline
+
+    images = torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pipeline = StableDiffusion3Img2ImgPipeline(**tiny_random_pipeline().components)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    # Contiguous, which is a matter of kernels: of another layout they round differently.
+    pixels = pipeline.image_processor.preprocess(pictures, height=32, width=64).contiguous()
+    # The pipeline draws from the distribution; without its deviation the draw is the mode.
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    monkeypatch.setattr(pipeline.scheduler, "scale_noise", lambda latents, timestep, noise: latents)
+    stock = pipeline.prepare_latents(
+        pixels, torch.tensor([1.0]), 2, 1, torch.float32, torch.device("cpu"), [torch.Generator()] * 2
+    )
+    one_by_one = make_backbone(decode_batch_size=1).encode_images(images)
+    assert torch.equal(one_by_one, stock)
+    assert torch.allclose(make_backbone().encode_images(images), stock, atol=1e-5)
+
+
+def test_the_bundled_vae_encodes_what_it_decodes():
+    backbone = load_backbone(pipeline_source("tiny"), max_sequence_length=1)
+    images = backbone.decode(
+        backbone.sample(
+            noise(4, *backbone.latent_shape(32, 64)),
+            backbone.encode([f'A sign that says "{text}"' for text in ("CAFE", "BIRD", "XKLM", "TREE")]),
+            num_steps=6,
+            guidance_scale=1,
+        )
+    )
+    again = backbone.decode(backbone.encode_images(images))
+    assert (again.float() - images.float()).abs().mean() < 8  # of 255
+    assert images.float().std() > 20
+
+
+def test_encoding_is_in_slices_and_in_the_vaes_dtype():
+    backbone, calls = make_backbone(decode_batch_size=2), []
+    backbone.vae.encoder.register_forward_pre_hook(lambda _module, args: calls.append((len(args[0]), args[0].dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        encoded = backbone.encode_images(torch.zeros(5, 3, 32, 32, dtype=torch.uint8))
+    assert calls == [(2, torch.float32), (2, torch.float32), (1, torch.float32)]
+    assert encoded.dtype == torch.float32
 
 
 def test_slices_and_autocast_do_not_change_the_images():

@@ -128,6 +128,8 @@ AUTHORS = {
     "seed": 42,
     "full_finetuning": False,
 }
+# Of other papers, or ours.
+OTHERS = {"sd35_gpo", "sd35_flow_grpo", "sd35_diffusion_dpo", "sd35_pickapic"}
 # What the recipe leaves to the command line.
 REST = {"sd35_pickscore": ("--dataset_name", "prompts.txt")}
 
@@ -147,7 +149,7 @@ def kept_levels(args: DGPOConfig) -> int:
 
 
 def test_there_are_the_recipes_that_were_promised():
-    assert RECIPES.keys() == PUBLISHED.keys() | {"tiny_ocr", "tiny_ocr_jpeg", "tiny_gpo", "sd35_gpo"}
+    assert RECIPES.keys() == PUBLISHED.keys() | OTHERS | {"tiny_ocr", "tiny_ocr_jpeg", "tiny_gpo"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -169,6 +171,9 @@ def test_rounds_and_levels_are_those_of_the_authors():
         "sd35_cfg_free_old": 128,
         "sd35_paper": 576,
         "sd35_gpo": 256,
+        "sd35_flow_grpo": 1152,
+        "sd35_diffusion_dpo": 192,
+        "sd35_pickapic": 512,
         "tiny_ocr": 72,
         "tiny_ocr_jpeg": 72,
         "tiny_gpo": 72,
@@ -187,14 +192,30 @@ def test_gpo_is_the_papers_where_it_names_a_number():
     assert (type(args), args.reference, args.kl_coef, args.clip_range) == (GPOConfig, "refreshed", 0.0, None)
 
 
+def test_flow_grpo_is_the_authors():
+    args = config("sd35_flow_grpo")
+    named = {"num_generations": 24, "prompts_per_round": 48, "updates_per_round": 2, "clip_range": 1e-4}
+    named |= {"kl_coef": 0.04, "scale_rewards": "batch", "noise_level": 0.7, "num_train_timesteps": 9, "t_min": 0.0}
+    named |= {"sample_num_steps": 10, "sample_guidance_scale": 4.5, "sigmas": "model", "learning_rate": 3e-4}
+    assert {name: getattr(args, name) for name in named} == named
+    _, fast, _ = read("sd35_flow_grpo", "--num_sde_steps", "2", "--sample_guidance_scale", "1")
+    assert (fast.num_train_timesteps, fast.reference_guidance_scale) == (2, 1.0)
+
+
+def test_pairs_of_people_need_no_reward():
+    script, args, _ = read("sd35_pickapic")
+    assert (script.reward_funcs, script.rollouts_name) == (None, "yuvalkirstain/pickapic_v2")
+    assert (args.num_generations, args.beta, args.pair_selection) == (2, 2000.0, "max")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_names_its_model_and_what_it_lacks(name):
     script, args, model = read(name, *REST.get(name, ()))
     assert model.model_name_or_path == (
         "tiny" if name.startswith("tiny") else "stabilityai/stable-diffusion-3.5-medium"
     )
-    assert script.dataset_name
-    assert script.reward_funcs
+    assert script.dataset_name or script.rollouts_name
+    assert script.reward_funcs or script.rollouts_name
     if name in REST:
         assert read(name)[0].dataset_name is None
     assert args.output_dir.startswith("outputs/")
@@ -214,8 +235,8 @@ def test_a_recipe_says_where_its_numbers_are_from(name):
     header = RECIPES[name].read_text().split("\ntrainer:")[0]
     assert "Not run here on the real weights" in header
     assert f"--config examples/recipes/{name}.yaml" in header
-    assert "github.com/Luo-Yihong/DGPO" in header or name == "sd35_gpo"
-    assert "Here: " in header or name == "sd35_gpo"
+    assert "github.com/Luo-Yihong/DGPO" in header or name in OTHERS
+    assert "Here: " in header or name in OTHERS
     assert all(line.startswith("#") or not line for line in header.splitlines())
 
 

@@ -357,6 +357,34 @@ def test_noise_is_shared_by_a_group_and_by_nothing_else(tmp_path):
     assert trainer._levels.tolist() == trainer.backbone.sigmas(4)[: len(trainer._levels)].tolist()
 
 
+def test_noise_is_each_images_own_where_it_is_not_shared(tmp_path):
+    trainer = tiny_trainer(tmp_path, shared_noise=False, per_device_train_batch_size=2, num_train_timesteps=1)
+    honest, draws = trainer.backbone.noise, []
+
+    def spy(x0, noise, sigma):
+        draws.append(noise)
+        return honest(x0, noise, sigma)
+
+    trainer.backbone.noise = spy
+    trainer.train()
+    record = trainer.buffer.record
+    own = [
+        torch.randn(record.x0.shape[1:], generator=generator(trainer.args.seed, "noise", 0, 0, 0, group, number))
+        for group in range(4)
+        for number in range(4)
+    ]
+    # Reference and policy see the same 16, in whatever micro-batches: cut groups here, so the gates have a pass too.
+    assert len(torch.cat(draws)) % 16 == 0
+    assert torch.equal(torch.cat(draws).unique(dim=0), torch.stack(own).unique(dim=0))
+    assert len(torch.stack(own).unique(dim=0)) == 16
+
+
+def test_levels_of_a_band(tmp_path):
+    trainer = tiny_trainer(tmp_path, sample_num_steps=10, num_train_timesteps=3, t_min=0.2, t_max=0.5)
+    drawn = {level for round in range(20) for level in trainer._draw_levels(round, 0)}
+    assert drawn == set(trainer.backbone.sigmas(10)[5:9].tolist())
+
+
 def test_levels_are_all_of_the_prefix_where_all_are_asked_for(tmp_path):
     trainer = tiny_trainer(tmp_path, sample_num_steps=10, num_train_timesteps=7, t_min=0.4)
     drawn = [trainer._draw_levels(round, 0) for round in range(3)]

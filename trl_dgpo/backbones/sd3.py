@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,8 +70,8 @@ class SD3Backbone:
         offload_text_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoders on the CPU, and on the transformer's device only while they encode.
         decode_batch_size (`int`, *optional*):
-            Latents decoded at a time, a matter of memory: as many as make two megapixels if not given, 8 images of
-            512 x 512. Kernels may round differently for another batch size.
+            Latents decoded, or images encoded, at a time, a matter of memory: as many as make two megapixels if not
+            given, 8 images of 512 x 512. Kernels may round differently for another batch size.
         vae_tiling (`bool`, *optional*, defaults to `False`):
             Decode images larger than the VAE's own (`sample_size` in its configuration, 1024 for SD3) in overlapping
             tiles, which saves memory and may show in the pictures.
@@ -269,7 +270,9 @@ class SD3Backbone:
         *,
         num_steps: int,
         guidance_scale: float,
-        step_noise: Callable[[int], Tensor] | None = None,
+        step_noise: Callable[[int], Tensor | None] | None = None,
+        noise_level: float = 0.7,
+        keep: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """
         Clean latents from noise, without gradient and with the transformer in evaluation mode.
@@ -289,37 +292,82 @@ class SD3Backbone:
                 without.
             step_noise (`Callable[[int], torch.Tensor]`, *optional*):
                 For the `"sde"` sampler alone: standard normal noise of shape `(B, C, h, w)` for step i, asked for all
-                steps but the last. Without it that sampler walks its noise-free ODE, by Euler on the same levels.
+                steps but the last, whose noise would stay in the image. Where it gives `None`, and without it, that
+                sampler walks its noise-free ODE, by Euler on the same levels. Latents are then kept in float32 from
+                step to step, and only the transformer reads them in the conditioning's dtype.
+            noise_level (`float`, *optional*, defaults to `0.7`):
+                Strength of that noise, see [`~trl_dgpo.noising.flow_sde_coefficients`].
+            keep (`Callable`, *optional*):
+                Called after each stochastic step with its number, the latents before it, the velocity there and the
+                latents after it, all in float32.
 
         Returns:
             `torch.Tensor` of shape `(B, C, h, w)`.
 
         Raises:
-            `ValueError`: if `step_noise` is given in vain, or the conditioning's rows do not match.
+            `ValueError`: if `step_noise` is given in vain, or `keep` without it, or the conditioning's rows do not
+                match.
         """
         if step_noise is not None and self.sampler != "sde":
             raise ValueError(
                 f"`step_noise` is given and `sampler` is {self.sampler!r}, which draws nothing; only 'sde' takes it."
             )
+        if keep is not None and step_noise is None:
+            raise ValueError("`keep` is given without `step_noise`, so there are no stochastic steps to keep.")
         # It counts steps and keeps predictions: a fresh one for each call.
         scheduler = copy.deepcopy(self._prepared(self.scheduler, num_steps, self.device))
-        latents = latents.to(self.device, conditioning["encoder_hidden_states"].dtype)
+        dtype = conditioning["encoder_hidden_states"].dtype
+        latents = latents.to(self.device, dtype)
         conditioning = self._guided(conditioning, len(latents), guidance_scale)
+        precision = None
         if step_noise is not None:
-            # The start is pure noise, level 1, also where the grid says 0.99967: there the SDE's 1 / (1 - sigma)
-            # explodes.
-            levels = [1.0, *self._prepared(self.scheduler, num_steps, torch.device("cpu")).sigmas.tolist()[1:]]
+            # A trainer takes guidance apart from the forward in float32, and should find the same velocities.
+            precision = torch.float32
+            latents, levels = latents.float(), self._step_levels(num_steps)
+            coefficients = self.sde_coefficients(num_steps, noise_level=noise_level)
 
         with _evaluating(self.transformer):
             for i, timestep in enumerate(scheduler.timesteps):
                 velocity = self._velocity(
-                    self.transformer, latents, timestep.expand(len(latents)), conditioning, guidance_scale
+                    self.transformer,
+                    latents.to(dtype),
+                    timestep.expand(len(latents)),
+                    conditioning,
+                    guidance_scale,
+                    precision,
                 )
-                if step_noise is not None:
-                    latents = _sde_step(latents, velocity, levels, i, step_noise)
-                else:
+                if step_noise is None:
                     latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        return latents
+                    continue
+                x_t, z = latents, step_noise(i) if i < num_steps - 1 else None
+                if z is None:
+                    latents = x_t + (levels[i + 1] - levels[i]) * velocity
+                else:
+                    latents = noising.flow_sde_step(x_t, velocity, z.to(x_t), coefficients[i])
+                    if keep is not None:
+                        keep(i, x_t, velocity, latents)
+        return latents.to(dtype)
+
+    def sde_coefficients(self, num_steps: int, *, noise_level: float = 0.7) -> list[noising.SDECoefficients]:
+        """
+        How `sample` takes each step that may be stochastic: all of a rollout but the last.
+
+        Args:
+            num_steps (`int`):
+                Steps of the sampler.
+            noise_level (`float`, *optional*, defaults to `0.7`):
+                As in [`~trl_dgpo.noising.flow_sde_coefficients`].
+        """
+        # The start is pure noise, level 1, also where the grid says 0.99967: there 1 / (1 - sigma) explodes.
+        levels = [1.0, *self._step_levels(num_steps)[1:]]
+        return [
+            noising.flow_sde_coefficients(sigma, next_sigma, noise_level=noise_level, max_sigma=levels[1])
+            for sigma, next_sigma in pairwise(levels[:-1])
+        ]
+
+    def _step_levels(self, num_steps: int) -> list[float]:
+        """Levels from which and to which a rollout steps, the last one 0."""
+        return self._prepared(self.scheduler, num_steps, torch.device("cpu")).sigmas.tolist()
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
@@ -335,9 +383,7 @@ class SD3Backbone:
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, uint8, on the VAE's device.
         """
-        batch_size = self.decode_batch_size
-        if batch_size is None:
-            batch_size = max(1, DECODED_PIXELS // (x0[0, 0].numel() * self.pipeline.vae_scale_factor**2))
+        batch_size = self._images_at_a_time(x0[0, 0].numel() * self.pipeline.vae_scale_factor**2)
         processor = self.pipeline.image_processor
         images = []
         with torch.autocast(self.vae.device.type, enabled=False):
@@ -346,6 +392,30 @@ class SD3Backbone:
                 image = processor.postprocess(self.vae.decode(latents, return_dict=False)[0], output_type="pt")
                 images.append((image.float() * 255).round().to(torch.uint8))
         return torch.cat(images)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """
+        Clean latents of images, scaled and shifted as the family's image-to-image pipeline does it.
+
+        The mode of the VAE's distribution, not a draw from it as there: the same picture has the same latent in every
+        round. Like `decode` it runs in slices, in the VAE's own dtype and outside autocast.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`):
+                uint8.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, h, w)`, in the VAE's dtype, on its device.
+        """
+        config, latents = self.vae.config, []
+        with torch.autocast(self.vae.device.type, enabled=False):
+            for part in images.split(self._images_at_a_time(images[0, 0].numel())):
+                pixels = part.to(self.vae.device).float() / 255
+                pixels = self.pipeline.image_processor.normalize(pixels).to(self.vae.dtype)
+                mode = self.vae.encode(pixels).latent_dist.mode()
+                latents.append((mode - config.shift_factor) * config.scaling_factor)
+        return torch.cat(latents)
 
     def predict(
         self,
@@ -434,6 +504,10 @@ class SD3Backbone:
         for block in self.transformer.transformer_blocks:
             block.compile(backend=backend, mode=mode, recompile_limit=COMPILED_GRAPHS)
 
+    def _images_at_a_time(self, pixels: int) -> int:
+        """How many images of so many pixels go through the VAE at once."""
+        return self.decode_batch_size or max(1, DECODED_PIXELS // pixels)
+
     def _rows(self, prompts: list[str]) -> list[dict[str, Tensor]]:
         """Rows of distinct prompts, on the host."""
         rows = {}
@@ -503,15 +577,27 @@ class SD3Backbone:
 
     @staticmethod
     def _velocity(
-        model: torch.nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor], guidance_scale: float
+        model: torch.nn.Module,
+        x_t: Tensor,
+        timestep: Tensor,
+        conditioning: dict[str, Tensor],
+        guidance_scale: float,
+        precision: torch.dtype | None = None,
     ) -> Tensor:
-        """One forward; `conditioning` comes from `_guided` with the same `guidance_scale`."""
+        """
+        One forward; `conditioning` comes from `_guided` with the same `guidance_scale`.
+
+        Guidance and result are in `precision`, or in the forward's own.
+        """
         if guidance_scale > 1:
             x_t, timestep = torch.cat([x_t] * 2), torch.cat([timestep] * 2)
         velocity = model(hidden_states=x_t, timestep=timestep, **conditioning, return_dict=False)[0]
+        if precision is not None:
+            velocity = velocity.to(precision)
         if guidance_scale <= 1:
             return velocity
         negative, positive = velocity.chunk(2)
+        negative = negative.detach()  # as Flow-GRPO's code trains it: the negative side learns nothing by itself
         return negative + guidance_scale * (positive - negative)
 
 
@@ -630,16 +716,3 @@ def _scheduler(own: SchedulerMixin, sampler: str, sigmas: str, shift_factor: flo
         final_sigmas_type="zero",
         timestep_spacing="linspace",
     )
-
-
-def _sde_step(
-    latents: Tensor, velocity: Tensor, levels: list[float], i: int, step_noise: Callable[[int], Tensor]
-) -> Tensor:
-    """Flow-GRPO's step; unlike there the last one is Euler's, since its noise would stay in the image."""
-    x_t, v = latents.float(), velocity.float()
-    if i == len(levels) - 2:
-        x_next = x_t - levels[i] * v
-    else:
-        z = step_noise(i).to(x_t.device, x_t.dtype)
-        x_next, _, _ = noising.flow_sde_step(x_t, v, levels[i], levels[i + 1], z, max_sigma=levels[1])
-    return x_next.to(velocity.dtype)

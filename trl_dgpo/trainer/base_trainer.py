@@ -68,11 +68,9 @@ from .dgpo_config import DGPOConfig
 
 logger = logging.getLogger(__name__)
 
-_OWN_FIELDS = {field.name for field in dataclasses.fields(DGPOConfig)} - {
-    # Other libraries' names are spent by now, or copies of another field's value.
-    field.name
-    for base in (_BaseConfig, DDPOFields, GRPOFields)
-    for field in dataclasses.fields(base)
+# Other libraries' names are spent by now, or copies of another field's value.
+_NOT_OF_THE_METHOD = {
+    field.name for base in (_BaseConfig, DDPOFields, GRPOFields) for field in dataclasses.fields(base)
 }
 
 Model = str | os.PathLike | DiffusionPipeline | PeftModel
@@ -90,8 +88,8 @@ class DiffusionTrainer(_BaseTrainer):
             See [`DGPOTrainer`].
         args ([`DGPOConfig`]):
             Configuration.
-        scorer ([`~trl_dgpo.rewards.scoring.RewardScorer`]):
-            Training rewards.
+        scorer ([`~trl_dgpo.rewards.scoring.RewardScorer`], *optional*):
+            Training rewards, if any are computed.
         eval_reward_funcs (callable or `list` of callables, *optional*):
             Evaluation rewards in place of those.
         train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config, quantization_config:
@@ -107,7 +105,7 @@ class DiffusionTrainer(_BaseTrainer):
         *,
         model: Model,
         args: DGPOConfig,
-        scorer: RewardScorer,
+        scorer: RewardScorer | None,
         eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -125,7 +123,12 @@ class DiffusionTrainer(_BaseTrainer):
         self.eval_scorer = (
             scorer if eval_reward_funcs is None else RewardScorer(eval_reward_funcs, timeout=args.reward_timeout)
         )
-        _check_reward_limits(args, self.scorer, self.eval_scorer)
+        if eval_dataset is not None and self.eval_scorer is None:
+            raise ValueError(
+                "`eval_dataset` is given and nothing that measures its images: give `eval_reward_funcs`, or leave out "
+                "`eval_dataset`."
+            )
+        _check_reward_limits(args, *filter(None, (self.scorer, self.eval_scorer)))
         for name, dataset in _named(eval_dataset).items():
             self.eval_scorer.check(dataset_columns(name, dataset), REWARD_CONTEXT)
         _check_best_metric(args, eval_dataset)
@@ -208,7 +211,7 @@ class DiffusionTrainer(_BaseTrainer):
         if evaluated := _named(self.eval_dataset):
             dataset, scorer = next(iter(evaluated.values())), self.eval_scorer
         if rows := _first_rows(dataset, args.num_log_images):
-            score = partial(self._score, scorer)
+            score = _unscored if scorer is None else partial(self._score, scorer)
             self.add_callback(SampleImagesCallback(self.generate, score, rows, self.trackers, args.log_images_steps))
 
     def describe(self) -> dict[str, Any]:
@@ -226,10 +229,10 @@ class DiffusionTrainer(_BaseTrainer):
             method=self._name,
             paper=self._paper,
             config=self.args,
-            method_fields=tuple(sorted(_OWN_FIELDS)),
+            method_fields=tuple(sorted({f.name for f in dataclasses.fields(self.args)} - _NOT_OF_THE_METHOD)),
             base_model=self.base_model,
             pipeline_class=type(self.backbone.pipeline).__name__,
-            reward_names=tuple(self.scorer.names),
+            reward_names=() if self.scorer is None else tuple(self.scorer.names),
             hub_model_id=self.hub_model_id,
             **more,
         )
@@ -324,11 +327,12 @@ class DiffusionTrainer(_BaseTrainer):
         batch_size: int,
         num_steps: int,
         guidance_scale: float,
-        step_noise: Callable[[slice, int], Tensor] | None = None,
+        step_noise: Callable[[slice, int], Tensor | None] | None = None,
+        **options,
     ) -> Iterator[tuple[slice, Tensor, OnTheWay]]:
         """
         A sub-batch at a time, from the latents that `draw` gives for its rows: those rows, clean latents on the device
-        and uint8 images on their way to the CPU.
+        and uint8 images on their way to the CPU. Further `options` are those of the backbone's `sample`.
 
         The view to sample from is entered around the loop over this, not here: a generator that is left by an
         exception keeps what it has entered.
@@ -345,6 +349,7 @@ class DiffusionTrainer(_BaseTrainer):
                     num_steps=num_steps,
                     guidance_scale=guidance_scale,
                     step_noise=None if step_noise is None else lambda step, rows=rows: step_noise(rows, step),
+                    **options,
                 )
             with torch.no_grad():
                 images = OnTheWay.send(self.backbone.decode(clean))
@@ -355,7 +360,7 @@ class DiffusionTrainer(_BaseTrainer):
         tested.setdefault(self.eval_scorer, []).extend(_named(eval_dataset).values())
         for scorer, datasets in tested.items():
             row = next((row for dataset in datasets for row in _first_rows(dataset, 1)), None)
-            if datasets:
+            if scorer is not None and datasets:
                 scorer.self_test(row, args.height, args.width, trainer_state=TrainerState())
 
     def _score(self, scorer: RewardScorer, images: Tensor, rows: list[dict], **options) -> Scores:
@@ -902,6 +907,12 @@ def _first_rows(dataset: Any, count: int) -> list[dict]:
     return [] if isinstance(dataset, PromptStream) else list(islice(iter_rows(dataset), count))
 
 
+def _unscored(images: Tensor, rows: list[dict]) -> Scores:
+    """Of pictures that no reward looks at."""
+    nothing = torch.full((len(images),), torch.nan, dtype=torch.float64)
+    return Scores(nothing, {}, torch.zeros(len(images), dtype=torch.bool), {}, {})
+
+
 def is_stream(dataset: Any) -> bool:
     """Whether a data set can only be read in order."""
     # An iterator could be read but once, and a check would take its first row away.
@@ -951,7 +962,7 @@ def _check_arguments(model: Any, args: DGPOConfig, peft_config: Any, quantizatio
 
 
 def _check_reward_limits(args: DGPOConfig, *scorers: RewardScorer) -> None:
-    number = max(len(scorer.funcs) for scorer in scorers)
+    number = max((len(scorer.funcs) for scorer in scorers), default=0)
     if args.world_size > 1 and number * args.reward_timeout >= args.ddp_timeout:
         logger.warning(
             "The rewards' limits together (%d x `reward_timeout`, %g seconds) are no shorter than `ddp_timeout` (%g): "

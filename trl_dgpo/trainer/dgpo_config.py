@@ -418,7 +418,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         self._check_rollouts()
         given_accumulation, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1
         given_batch_size = self.per_device_train_batch_size
-        self.per_device_train_batch_size = given_batch_size or self.num_generations
+        self.per_device_train_batch_size = given_batch_size or self._default_batch_size
         if self.sample_batch_size is None:
             self.sample_batch_size = self.num_generations
         if self.eval_guidance_scale is None:
@@ -439,6 +439,26 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     def height(self) -> int:
         """Height of the images in pixels."""
         return self.resolution
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the loss reads the reference's errors."""
+        return True
+
+    @property
+    def clips_errors(self) -> bool:
+        """Whether errors are clipped against the old policy's, which takes a forward of its own."""
+        return self.clip_range is not None
+
+    @property
+    def latents_per_image(self) -> int:
+        """Latents that the record of a round keeps of each image."""
+        return 1
+
+    @property
+    def noises_per_update(self) -> int:
+        """Draws of noise of an optimiser step for each level, over all processes."""
+        return self.groups_per_update * (1 if self.shared_noise else self.num_generations)
 
     @property
     def steps_per_round(self) -> int:
@@ -510,10 +530,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             )
 
     def _check_rollouts(self) -> None:
-        if self.num_generations < 2:
-            raise ValueError(
-                f"`num_generations` is {self.num_generations}; a group needs at least 2 images to compare."
-            )
+        self._check_group()
         for name in (
             "prompts_per_round",
             "sample_num_steps",
@@ -555,6 +572,17 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
                 "use `timestep_sampling='continuous'`."
             )
 
+    def _check_group(self) -> None:
+        if self.num_generations < 2:
+            raise ValueError(
+                f"`num_generations` is {self.num_generations}; a group needs at least 2 images to compare."
+            )
+
+    @property
+    def _default_batch_size(self) -> int:
+        """Images of a micro-batch, where they divide the step's."""
+        return self.num_generations
+
     def _check_split(self, given_batch_size: int | None, given_accumulation: int | None) -> None:
         processes, updates, prompts = self.world_size, self.updates_per_round, self.prompts_per_round
         if prompts % updates:
@@ -574,7 +602,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             )
         share = images // processes
         if given_batch_size is None:
-            self.per_device_train_batch_size = _largest_divisor(share, self.num_generations)
+            self.per_device_train_batch_size = _largest_divisor(share, self._default_batch_size)
         batch = self.per_device_train_batch_size
         if share % batch:
             near = [n for n in (_largest_divisor(share, batch), _smallest_divisor(share, batch)) if n]

@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.data import DataLoader
@@ -31,12 +33,14 @@ from transformers.trainer_callback import TrainerState
 
 from ..advantages import group_advantages, normalize_then_sum, zero_variance
 from ..backbones import to_device
+from ..callbacks import whole_round
 from ..ddpo_compat import DDPOTrainerNames, modern_call
 from ..evaluation import nanstd
 from ..losses import GroupLoss, clip_errors, denoising_error, dgpo_loss, group_mean, group_scores
 from ..noising import continuous_levels, trainable_levels
 from ..rewards.scoring import ConstantWatch, FailureWindow, RewardFunc, RewardScorer, Scores
 from ..rollout import GroupRolloutBuffer, Rollout, ScoredImages
+from ..rollout_dataset import SavedGroups, fitted, rounds_to_dataset
 from ..sampler import GroupSampler, StreamSampler, local_rollouts
 from ..seeding import generator
 from .base_trainer import (
@@ -55,8 +59,11 @@ logger = logging.getLogger(__name__)
 # Names in the log that a reward cannot give to numbers of its own.
 _OWN_METRICS = {
     *("loss", "learning_rate", "grad_norm", "epoch", "step", "objective", "gate_mean", "clip_ratio", "kl"),
+    *("ratio_mean", "approx_kl"),
     *("reward", "reward_std", "frac_reward_zero_std", "rewards_failed", "advantage_clip_ratio"),
+    *("num_pairs", "pair_margin"),
 }
+_LATENT_TOLERANCE = 16  # mean difference of a picture and its decoded latent; a JPEG's is below 5
 _OWN_PREFIXES = ("rewards/", "time/", "eval_", "train_")
 
 
@@ -92,18 +99,22 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     Args:
         model (`str`, `os.PathLike` or `~diffusers.DiffusionPipeline`):
             Hub id, folder, `"tiny"` (the bundled model) or pipeline. A pipeline's transformer is changed in place.
-        reward_funcs (callable or `list` of callables):
+        reward_funcs (callable or `list` of callables, *optional*):
             Rewards in TRL's keyword form: `f(prompts, completions, **kwargs) -> list[float | None]`, `async` or not,
             where `completions`, also given as `images`, is a list of `PIL.Image` and each other column of the data set
-            comes by its name. `None` means not applicable, `NaN` failed: such an image is masked.
+            comes by its name. `None` means not applicable, `NaN` failed: such an image is masked. Needed unless
+            `train_dataset` holds pictures with their rewards.
         args ([`DGPOConfig`], *optional*):
             Configuration.
         train_dataset (`datasets.Dataset` or other map-style data set):
-            Rows with a `prompt`.
+            Rows with a `prompt`; or pictures to train on offline, without sampling any: a rollout set, such as
+            [`~DGPOTrainer.collect_rollouts`] makes, or pairs, in the columns that
+            [`~trl_dgpo.rollout_dataset.SavedGroups`] tells of. Its own rewards are used, and it is scored anew where
+            `reward_funcs` are given. A picture of another size than the configuration's is scaled and cut.
         eval_dataset (map-style data set or `dict` of them, *optional*):
             Held-out rows.
         eval_reward_funcs (callable or `list` of callables, *optional*):
-            What evaluation measures; `reward_funcs` if not given.
+            What evaluation measures; `reward_funcs` if not given. Needed with an `eval_dataset` where those are not.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
             Further callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -141,6 +152,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     }
     _config_class = DGPOConfig
     _record_type = Rollout
+    _trains_offline = True  # whether pictures and their latents are enough to train on
 
     def __init__(
         self,
@@ -162,6 +174,8 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         peft_config: LoraConfig | None = None,
         quantization_config: Any = None,
     ):
+        has_rewards = not (reward_function is None and reward_funcs is None)
+        self.saved = self._saved_groups(train_dataset, has_rewards)
         call = modern_call(
             config=config,
             reward_function=reward_function,
@@ -173,10 +187,21 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             model=model,
             train_dataset=train_dataset,
             config_class=self._config_class,
+            needs_rewards=self.saved is None,
         )
-        args, train_dataset = call.args, call.train_dataset
-        scorer = RewardScorer(call.reward_funcs, args.reward_weights, args.reward_timeout)
-        scorer.check(dataset_columns("train_dataset", train_dataset), REWARD_CONTEXT)
+        args, train_dataset = call.args, call.train_dataset if self.saved is None else self.saved
+        columns = dataset_columns("train_dataset", train_dataset)
+        if self.saved is not None:
+            _check_saved_groups(args, self.saved)
+        scorer = None
+        if has_rewards:
+            scorer = RewardScorer(call.reward_funcs, args.reward_weights, args.reward_timeout)
+            scorer.check(columns, REWARD_CONTEXT)
+        elif args.reward_weights is not None:
+            raise ValueError(
+                f"`reward_weights` is {args.reward_weights}, and there are no `reward_funcs` to weigh: the saved "
+                "rewards are used as they are. Leave it out."
+            )
         if is_stream(train_dataset):
             if args.max_steps <= 0:
                 raise ValueError(
@@ -204,6 +229,9 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             peft_config=peft_config,
             quantization_config=quantization_config,
         )
+        self._warned_of_size = False
+        if self.saved is not None:
+            self._check_saved_latent()
         self._levels = self._train_levels(self.args)
         self._group_index, self._number_in_group = local_rollouts(
             args.prompts_per_round,
@@ -212,6 +240,55 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             self.args.process_index,
             self.args.world_size,
         )
+
+    def _saved_groups(self, train_dataset: Any, has_reward_funcs: bool) -> SavedGroups | None:
+        """The groups of a data set of pictures, or `None` if it is one of prompts."""
+        if not (SavedGroups.fits(train_dataset) or (not has_reward_funcs and SavedGroups.may_fit(train_dataset))):
+            return None
+        if not self._trains_offline:
+            raise ValueError(
+                f"`train_dataset` holds saved pictures, and {self._name} learns from the course of its own sampling. "
+                "Give prompts, with `dataset.select_columns(['prompt'])`."
+            )
+        saved = SavedGroups(train_dataset)
+        if not (saved.has_rewards or has_reward_funcs):
+            raise ValueError(
+                f"`train_dataset` holds pictures without rewards: its columns are {train_dataset.column_names}. Add "
+                "a column `reward`, or give `reward_funcs` to score the pictures."
+            )
+        return saved
+
+    def collect_rollouts(self, num_rounds: int) -> datasets.Dataset:
+        """
+        Roll out and score the first rounds of a run with the policy as it is, and learn nothing.
+
+        The images are those that training would make if its policy stayed as it is: same prompts, same noise. Kept
+        with `save_to_disk` or `push_to_hub` they are a `train_dataset` to train on offline, any trainer of the family
+        and any model of the same latents; for a model of others, and to make the set smaller, remove the columns `x0`
+        and `x0.shape`.
+
+        Args:
+            num_rounds (`int`):
+                Rounds, of `prompts_per_round` groups of `num_generations` images.
+
+        Returns:
+            `datasets.Dataset`, see [`~trl_dgpo.rollout_dataset.rounds_to_dataset`], of the images of all processes, on
+            each of them.
+
+        Raises:
+            `ValueError`: for `num_rounds` below 1, or if this trainer itself trains on saved pictures.
+        """
+        if self.saved is not None:
+            raise ValueError(
+                "`train_dataset` holds saved pictures, so nothing is rolled out. To collect rollouts, make a "
+                "trainer with prompts."
+            )
+        if num_rounds < 1:
+            raise ValueError(f"`num_rounds` is {num_rounds}; it must be at least 1.")
+        self._forget()
+        rounds = [whole_round(self._scored_round(round)[1]) for round in range(num_rounds)]
+        self._forget()
+        return rounds_to_dataset(rounds)
 
     # -- the round ----------------------------------------------------------------------------------------------------
 
@@ -258,7 +335,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     def _preference_loss(self, errors: Tensor, part: _Part, fixed: _Fixed, batch: _MicroBatch, level: int) -> Tensor:
         """The loss of a micro-batch at one level, but for the KL term."""
         args, rows = self.args, batch.rows
-        if self._clips_errors(args):
+        if args.clips_errors:
             errors, clipped = clip_errors(errors, fixed.old_errors[level, rows], batch.advantages, args.clip_range)
             self._metrics["clip_ratio"].append(clipped.float() if batch.weighs else clipped[:0].float())
         group = self._group_loss(
@@ -293,16 +370,6 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             loss_type=self.args.loss_type,
             **sizes,
         )
-
-    @staticmethod
-    def _has_gate(args: DGPOConfig) -> bool:
-        """Whether the group loss has a gate, hence reads `reference_errors`."""
-        return True
-
-    @staticmethod
-    def _clips_errors(args: DGPOConfig) -> bool:
-        """Whether errors are clipped against the old policy's, which takes a forward of its own."""
-        return args.clip_range is not None
 
     def _begin_update(self) -> None:
         """Roll out where a round begins, then compute all that does not move during the optimiser step."""
@@ -417,7 +484,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     def _fix(self, part: _Part) -> _Fixed:
         """What does not move during an optimiser step, one pass a view, so that weights are switched once a pass."""
         args, using = self.args, self.policy.using
-        reference = args.reference if self._has_gate(args) else None
+        reference = args.reference if args.has_gate else None
         merged = self.merges_exactly and args.merge_adapter is not False
         base_errors = old_errors = reference_errors = base_predictions = scores = objectives = None
         if args.kl_coef or reference == "frozen":
@@ -425,7 +492,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             base_errors, base_predictions = self._no_grad_pass(
                 using("base"), part, guidance_scale, keep=bool(args.kl_coef)
             )
-        if self._clips_errors(args) or reference == "old":
+        if args.clips_errors or reference == "old":
             old_errors, _ = self._no_grad_pass(using("old", merged=merged), part)
         if reference == "refreshed":
             reference_errors, _ = self._no_grad_pass(using("reference"), part)
@@ -510,13 +577,21 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
 
     def _roll_out(self, round: int) -> None:
         """Sample, score and keep one round: this process's rollouts of it."""
-        args, device = self.args, self.args.device
+        rollout, scored = self._scored_round(round)
+        self.buffer.fill(rollout.to(self.args.device), round)
+        self._stopwatch.start("show")
+        self._show(scored)
+
+    def _scored_round(self, round: int) -> tuple[Rollout, ScoredImages]:
+        """This process's rollouts of a round, as they are trained on and as they are looked at."""
+        args = self.args
         self._stopwatch.start("rollout")
         groups, index = self._group_index.unique(return_inverse=True)
         rows = self.sampler.rows(round, groups.tolist())
         conditioning = self.backbone.encode([_checked_prompt(row) for row in rows])
         rows = [rows[i] for i in index.tolist()]
-        sampled, images, scores = self._sample_and_score(round, rows)
+        make = self._sample_and_score if self.saved is None else self._read_and_score
+        sampled, images, scores = make(round, rows)
         # Every process sees all rewards: batch statistics, the log and the decision to stop are the same in each.
         rewards, group_index = self._gather(scores.rewards), self._gather(self._group_index)
         self._failures.update(self._gather(scores.failed))
@@ -540,21 +615,20 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             group_index=self._group_index,
             number_in_group=self._number_in_group,
             group_sizes=group_index[~rewards.isnan()].bincount(minlength=args.prompts_per_round)[groups],
+            **{name: values[own].float() for name, values in self._beside_advantages(weighed, group_index).items()},
         )
-        self.buffer.fill(rollout.to(device), round)
-        self._stopwatch.start("show")
-        self._show(
-            ScoredImages(
-                round=round,
-                images=images,
-                rows=rows,
-                rewards=scores.rewards,
-                by_name=scores.by_name,
-                advantages=advantages[own],
-                group_index=self._group_index,
-                extra=scores.extra,
-            )
+        scored = ScoredImages(
+            round=round,
+            images=images,
+            rows=rows,
+            rewards=scores.rewards,
+            by_name=scores.by_name,
+            advantages=advantages[own],
+            group_index=self._group_index,
+            extra=scores.extra,
+            x0=sampled["x0"],
         )
+        return rollout, scored
 
     def _advantages(self, rewards: Tensor, group_index: Tensor) -> Tensor:
         """Weights of a round's images, of all processes, in the objective."""
@@ -566,6 +640,10 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             clip=args.advantage_clip,
             recenter_clipped=args.recenter_clipped,
         )
+
+    def _beside_advantages(self, rewards: Tensor, group_index: Tensor) -> dict[str, Tensor]:
+        """What else the record keeps that follows from a round's rewards, one row for each image of all processes."""
+        return {}
 
     def _sample_and_score(self, round: int, rows: list[dict]) -> tuple[dict[str, Tensor], Tensor, Scores]:
         """Of this process's images: what the record keeps of their sampling, pictures and scores."""
@@ -612,6 +690,70 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             pool.shutdown(cancel_futures=True)  # where an exception leaves, what has not begun is dropped
         return {"x0": torch.cat(x0)}, images, scores
 
+    def _read_and_score(self, round: int, rows: list[dict]) -> tuple[dict[str, Tensor], Tensor, Scores]:
+        """The same of saved images: read, encoded where their latents are not saved, and scored where rewards are."""
+        args, deal, saved = self.args, self.sampler.deal(round), []
+        with self._raising_together():
+            for group in self._group_index.unique().tolist():
+                numbers = self._number_in_group[self._group_index == group].tolist()
+                saved.append(self.saved.read(deal[group], numbers))
+            pictures = [picture for part in saved for picture in part.images]
+            self._warn_of_size(pictures)
+            images = torch.stack([fitted(picture, args.height, args.width) for picture in pictures])
+            x0 = self._latents_of(images, [latent for part in saved for latent in part.x0])
+        self._stopwatch.start("reward")
+        with self._raising_together():
+            if self.scorer is not None:
+                return {"x0": x0}, images, _checked_log(self._score(self.scorer, images, rows))
+        rewards = torch.cat([part.rewards for part in saved])
+        by_name = {"saved": rewards} if self.saved.has_rewards else {}
+        return {"x0": x0}, images, Scores(rewards, by_name, torch.zeros(len(rewards), dtype=torch.bool), {}, {})
+
+    def _latents_of(self, images: Tensor, x0: list[Tensor | None]) -> Tensor:
+        """Saved latents, and the VAE's of images without one, on the device in float32."""
+        if wrong := [
+            tuple(latent.shape) for latent in x0 if latent is not None and latent.shape != self._latent_shape
+        ]:
+            raise ValueError(
+                f"`train_dataset` has latents `x0` of shape {wrong[0]}, and those of this model and `resolution` have "
+                f"{self._latent_shape}. Set the size of the pictures, or remove the columns `x0` and `x0.shape`: the "
+                "pictures are then encoded by this model."
+            )
+        missing = [i for i, latent in enumerate(x0) if latent is None]
+        if missing:
+            encoded = self.backbone.encode_images(images[missing]).float()
+            if len(missing) == len(x0):
+                return encoded
+            for i, latent in zip(missing, encoded, strict=True):
+                x0[i] = latent.cpu()
+        return to_device(torch.stack(x0), self.args.device)
+
+    def _check_saved_latent(self) -> None:
+        """Latents of another VAE may have the same shape, and would teach nothing but noise: one is decoded."""
+        read = self.saved.read(0, [0])
+        if read.x0[0] is None:
+            return
+        images = torch.stack([fitted(read.images[0], self.args.height, self.args.width)])
+        decoded = self.backbone.decode(self._latents_of(images, read.x0)).cpu()
+        distance = (decoded.float() - images.float()).abs().mean().item()
+        if distance > _LATENT_TOLERANCE:
+            raise ValueError(
+                f"The first latent `x0` of `train_dataset`, decoded, is {distance:.0f} of 255 away from its picture: "
+                "another VAE has made it. Remove the columns `x0` and `x0.shape`: the pictures are then encoded by "
+                "this model."
+            )
+
+    def _warn_of_size(self, pictures: list[Image.Image]) -> None:
+        size = (self.args.width, self.args.height)
+        others = {picture.size for picture in pictures} - {size}
+        if others and not self._warned_of_size:
+            self._warned_of_size = True
+            logger.warning(
+                "Pictures of `train_dataset` are scaled and cut around their centre to %d x %d, the first from %d x "
+                "%d: `resolution` and `width` say what is trained on.",
+                *(*size, *min(others)),
+            )
+
     def _score_arriving(
         self, scorer: RewardScorer, pictures: OnTheWay, rows: list[dict], given_up: set[str]
     ) -> Scores:
@@ -643,7 +785,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
 
     def _weighed(self, rewards: Tensor, by_name: dict[str, Tensor], group_index: Tensor) -> Tensor:
         """What advantages are made of: the rewards' weighted sum, or that of their normalised values."""
-        if self.args.multi_objective_aggregation == "sum_then_normalize":
+        if self.args.multi_objective_aggregation == "sum_then_normalize" or self.scorer is None:
             return rewards
         return normalize_then_sum(
             torch.stack([*by_name.values()]), self.scorer.weights, group_index, valid=~rewards.isnan()
@@ -703,13 +845,12 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         return kept
 
     def _views(self, args: DGPOConfig) -> tuple[str, ...]:
-        has_gate = self._has_gate(args)
         used = {
-            "old": self._clips_errors(args)
-            or args.old_policy_after is not None
-            or (has_gate and args.reference == "old"),
-            "reference": has_gate and args.reference == "refreshed",
-            "base": bool(args.kl_coef) or (has_gate and args.reference == "frozen"),
+            "old": args.clips_errors
+            or (args.old_policy_after is not None and self.saved is None)
+            or (args.has_gate and args.reference == "old"),
+            "reference": args.has_gate and args.reference == "refreshed",
+            "base": bool(args.kl_coef) or (args.has_gate and args.reference == "frozen"),
         }
         return tuple(view for view, is_used in used.items() if is_used)
 
@@ -763,6 +904,17 @@ def _room_for(x0: Tensor, prediction: Tensor, is_offloaded: bool) -> Tensor:
 def _like(rows: slice | Tensor, other: Tensor) -> slice | Tensor:
     """Rows as an index of a tensor that may wait on the CPU."""
     return rows if isinstance(rows, slice) else rows.to(other.device)
+
+
+def _check_saved_groups(args: DGPOConfig, saved: SavedGroups) -> None:
+    smallest, largest = int(saved.sizes.min()), int(saved.sizes.max())
+    if smallest < args.num_generations:
+        count = int((saved.sizes < args.num_generations).sum())
+        raise ValueError(
+            f"`num_generations` is {args.num_generations}, and {count} of the {len(saved)} groups of `train_dataset` "
+            f"are smaller (its groups have {smallest} to {largest} images; of larger ones the first are taken). Set "
+            f"`num_generations={smallest}`, or leave out the smaller groups."
+        )
 
 
 def _checked_log(scores: Scores) -> Scores:

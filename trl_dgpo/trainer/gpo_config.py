@@ -65,6 +65,10 @@ class GPOConfig(DGPOConfig):
 
     _loss_types = ("linear", "logsigmoid")
 
+    @property
+    def has_gate(self) -> bool:
+        return self.loss_type == "logsigmoid"
+
     def __post_init__(self):
         if self.learning_rate is None:
             self.learning_rate = 2e-8 if self.full_finetuning else 1e-4

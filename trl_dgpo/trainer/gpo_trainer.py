@@ -50,7 +50,3 @@ class GPOTrainer(DGPOTrainer):
             beta=self.args.beta,
             **sizes,
         )
-
-    @staticmethod
-    def _has_gate(args: GPOConfig) -> bool:
-        return args.loss_type == "logsigmoid"
