@@ -1,12 +1,13 @@
 """What each run's process would import first; the server that they are forked from does it once."""
 
-import runs
+import runs  # noqa: F401
 from diffusers import StableDiffusion3Pipeline  # noqa: F401
 from rapidocr import RapidOCR  # noqa: F401
 
 import trl_dgpo
+from trl_dgpo.cli import TRAINERS
 
 
-for names in runs.TRAINERS.values():
-    for name in names:
-        getattr(trl_dgpo, name)
+for name in TRAINERS.values():
+    for part in ("Trainer", "Config"):
+        getattr(trl_dgpo, name + part)

@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import subprocess
 import tempfile
 import time
@@ -39,9 +38,11 @@ import transformers
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from out_of_distribution import measure, pictures
 from peft import LoraConfig, PeftModel
+from step_cost import _peak_memory, _reset_peak_memory
 from transformers import PrinterCallback, TrainerCallback
 
 import trl_dgpo
+from trl_dgpo.cli import TRAINERS
 from trl_dgpo.policy import lora_config
 from trl_dgpo.prompts.text import tiny_ocr_prompts
 from trl_dgpo.rewards import OCRReward
@@ -49,13 +50,6 @@ from trl_dgpo.rewards.ocr import text_accuracy
 from trl_dgpo.tiny import BUNDLED, tiny_pipeline_path
 
 
-TRAINERS = {
-    "dgpo": ("DGPOTrainer", "DGPOConfig"),
-    "gpo": ("GPOTrainer", "GPOConfig"),
-    "flow_grpo": ("FlowGRPOTrainer", "FlowGRPOConfig"),
-    "diffusion_dpo": ("DiffusionDPOTrainer", "DiffusionDPOConfig"),
-    "diffusion_sft": ("DiffusionSFTTrainer", "DiffusionSFTConfig"),
-}
 # What all runs have in common; a run's own settings come on top.
 COMMON = {
     "sigmas": "dpm",  # one grid and one ODE solver for every evaluation: they decide the start's accuracy
@@ -90,6 +84,68 @@ _UNATTENDED = {
 NUM_EVAL_PROMPTS = 96
 
 
+def key_of(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Start:
+    """
+    A transformer to start from other than the bundled one; `starts.py` trains it.
+
+    Args:
+        name (`str`):
+            What it is called.
+        steps (`int`):
+            Optimiser steps of its training.
+        goes_on (`bool`):
+            Whether from the bundled weights, else from new ones.
+        signs (`int`):
+            Pictures that it is trained on.
+    """
+
+    name: str
+    steps: int
+    goes_on: bool
+    signs: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def folder(self, output: Path) -> Path:
+        return output / "starts" / f"{self.name}-{key_of(self.settings)}"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """
+    Pictures that are trained on in place of own rollouts; `starts.py` makes them.
+
+    Args:
+        name (`str`):
+            What they are called.
+        number (`int`):
+            Rounds of a model's groups, or true pictures.
+        start (`str` or `Start`, *optional*):
+            The model that drew the groups; true pictures, each with its caption, without one.
+        config (`dict`, *optional*):
+            How they were drawn, on top of `COMMON`.
+    """
+
+    name: str
+    number: int
+    start: "str | Start | None" = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def folder(self, output: Path) -> Path:
+        return output / "groups" / f"{self.name}-{key_of(self.settings)}"
+
+
 @dataclass(frozen=True)
 class Run:
     """
@@ -99,7 +155,7 @@ class Run:
         name (`str`):
             What it is called in a table.
         trainer (`str`):
-            One of `TRAINERS`.
+            One of `trl_dgpo.cli.TRAINERS`.
         budget (`float`):
             CPU seconds.
         every (`float`):
@@ -110,12 +166,14 @@ class Run:
             Of the run: prompts, latents, levels, the LoRA's start.
         lora (`tuple[int, int]`, *optional*, defaults to `(16, 32)`):
             Rank and alpha.
-        start (`str` or `Run`, *optional*, defaults to `"tiny"`):
-            The bundled model, another one of `starts.py`, or what a run ended with.
-        saved (`str`, *optional*):
-            Model of `starts.py` whose saved groups are trained on in place of own rollouts.
+        start (`str`, [`Start`] or `Run`, *optional*, defaults to `"tiny"`):
+            The bundled model, another one, or what a run ended with.
+        saved ([`Saved`], *optional*):
+            What is trained on in place of own rollouts.
         exact (`bool`, *optional*, defaults to `False`):
             The reward is 1 where the whole text is right and else 0.
+        evaluated_on (`str`, *optional*, defaults to `"report"`):
+            Held-out prompts, of [`eval_prompts`].
         ends (`bool`, *optional*, defaults to `False`):
             Whether the end is measured out of distribution too.
         keep (`bool`, *optional*, defaults to `False`):
@@ -129,9 +187,10 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     lora: tuple[int, int] = (16, 32)
-    start: "str | Run" = BUNDLED
-    saved: str | None = None
+    start: "str | Start | Run" = BUNDLED
+    saved: Saved | None = None
     exact: bool = False
+    evaluated_on: str = "report"
     ends: bool = False
     keep: bool = False
 
@@ -139,17 +198,15 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """All that the result depends on."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name"}
-        start = self.start if isinstance(self.start, str) else self.start.settings
-        return {**settings, "lora": list(self.lora), "start": start, "config": {**COMMON, **self.config}}
+        made = {
+            name: value if value is None or isinstance(value, str) else value.settings
+            for name, value in (("start", self.start), ("saved", self.saved))
+        }
+        return {**settings, **made, "lora": list(self.lora), "config": {**COMMON, **self.config}}
 
     @property
     def key(self) -> str:
-        text = json.dumps({**self.settings, "eval_prompts": NUM_EVAL_PROMPTS}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    @property
-    def start_key(self) -> str:
-        return self.start if isinstance(self.start, str) else self.start.key
+        return key_of({**self.settings, "eval_prompts": NUM_EVAL_PROMPTS})
 
     def file(self, output: Path) -> Path:
         return output / "runs" / f"{self.key}.json"
@@ -168,26 +225,29 @@ def take(run: Run, output: Path) -> dict[str, Any]:
     be_quiet()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(run, output, folder)
-        clock = Clock(trainer, run.budget, run.every)
+        clock = Clock(trainer, run.budget, run.every, eval_prompts(run.evaluated_on))
         trainer.add_callback(clock)
         trainer.train()
         result = {
             "name": run.name,
             "settings": run.settings,
+            "commit": commit(),
             "marks": clock.marks,
             "ocr_of_prompts": clock.ocr_of_prompts,
             "steps_per_round": trainer.args.steps_per_round,
             "round_bytes": clock.round_bytes,
-            "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "peak_bytes": clock.peak_bytes,
         }
         if run.keep:
             trainer.policy.save_pretrained(output / "weights" / run.key, "ema")
+        write_json(run.file(output), result)  # what follows can fail without losing the run
         if run.ends:
-            base = output / "bases" / f"{run.start_key}.json"
+            texts = [row["text"] for row in eval_prompts(run.evaluated_on)]
+            base = output / "bases" / f"{key_of({'start': run.settings['start']})}.json"
             if not base.exists():
-                write_json(base, measure(trainer, "base"))
-            result |= {"base": json.loads(base.read_text()), "end": measure(trainer, "ema")}
-    write_json(run.file(output), result)
+                write_json(base, measure(trainer, "base", texts))
+            result |= {"base": json.loads(base.read_text()), "end": measure(trainer, "ema", texts)}
+            write_json(run.file(output), result)
     return result
 
 
@@ -203,12 +263,12 @@ def be_quiet() -> None:
 
 def make_trainer(run: Run, output: Path, folder: str) -> Any:
     """The trainer of a run, which writes to `folder` and finds other models in `output`."""
-    trainer_class, args = getattr(trl_dgpo, TRAINERS[run.trainer][0]), configuration(run, folder)
+    trainer_class, args = getattr(trl_dgpo, f"{TRAINERS[run.trainer]}Trainer"), configuration(run, folder)
     if run.saved is None:
         data = datasets.Dataset.from_list(tiny_ocr_prompts("train"))
         rewards = OCRReward(recognition_only=True, exact_match=run.exact, num_workers=1)
     else:
-        data, rewards = datasets.load_from_disk(output / "groups" / run.saved), None
+        data, rewards = datasets.load_from_disk(run.saved.folder(output)), None
     rank, alpha = run.lora
     pipeline = pipeline_of(run.start, output)
     lora: LoraConfig = lora_config(())
@@ -219,16 +279,20 @@ def make_trainer(run: Run, output: Path, folder: str) -> Any:
 
 
 def configuration(run: Run, folder: str) -> Any:
-    config_class = getattr(trl_dgpo, TRAINERS[run.trainer][1])
-    return config_class(output_dir=folder, seed=run.seed, **{**_UNATTENDED, **COMMON, **run.config})
+    config = {**_UNATTENDED, **COMMON, **run.config}
+    return configuration_class(run)(output_dir=folder, seed=run.seed, **config)
 
 
-def pipeline_of(start: str | Run, output: Path) -> StableDiffusion3Pipeline | str:
-    """A start by its name, or the one that a run has made, its LoRA merged."""
+def configuration_class(run: Run) -> type:
+    return getattr(trl_dgpo, f"{TRAINERS[run.trainer]}Config")
+
+
+def pipeline_of(start: str | Start | Run, output: Path) -> StableDiffusion3Pipeline | str:
+    """A start's, or the one that a run has made, its LoRA merged."""
     if start == BUNDLED:
         return BUNDLED
-    if isinstance(start, str):
-        transformer = SD3Transformer2DModel.from_pretrained(output / "starts" / start)
+    if isinstance(start, Start):
+        transformer = SD3Transformer2DModel.from_pretrained(start.folder(output))
         return StableDiffusion3Pipeline.from_pretrained(tiny_pipeline_path(), transformer=transformer)
     pipeline = pipeline_of(start.start, output)
     if pipeline == BUNDLED:
@@ -249,6 +313,8 @@ class Clock(TrainerCallback):
             CPU seconds of training.
         every (`float`):
             CPU seconds between two evaluations, each at the first optimiser step's end after its mark.
+        prompts (`list[dict]`):
+            Held-out prompts of the evaluations.
 
     Attributes:
         marks (`list[dict]`):
@@ -259,13 +325,15 @@ class Clock(TrainerCallback):
             OCR accuracy of each held-out prompt at the last mark.
         round_bytes (`int`):
             Memory of a round's record.
+        peak_bytes (`float`):
+            The process's largest memory between evaluations.
     """
 
-    def __init__(self, trainer: Any, budget: float, every: float):
-        self.trainer, self.budget, self.every = trainer, budget, every
+    def __init__(self, trainer: Any, budget: float, every: float, prompts: list[dict[str, str]]):
+        self.trainer, self.budget, self.every, self.prompts = trainer, budget, every, prompts
         self.marks: list[dict[str, float]] = []
         self.ocr_of_prompts: list[float] = []
-        self.round_bytes = 0
+        self.round_bytes, self.peak_bytes = 0, 0.0
         self._images = self._forwards = 0
         self._counts = True
         # The last layer, for PEFT goes by the transformer's own hooks.
@@ -285,6 +353,7 @@ class Clock(TrainerCallback):
         is_over = cpu >= self.budget
         if cpu >= self._next or is_over:
             before = self._now()
+            self.peak_bytes = max(self.peak_bytes, _peak_memory())
             self._evaluate(state.global_step, cpu, wall)
             self._next = (cpu // self.every + 1) * self.every
             after = self._now()
@@ -296,8 +365,9 @@ class Clock(TrainerCallback):
         if self.trainer.buffer.round is not None:
             self.round_bytes = max(self.round_bytes, _num_bytes(self.trainer.buffer.record))
         self._counts = False
-        scores = score(self.trainer, NUM_EVAL_PROMPTS)
+        scores = score(self.trainer, self.prompts)
         self._counts = True
+        _reset_peak_memory()
         self.ocr_of_prompts = scores["ocr"]
         self.marks.append(
             {
@@ -319,11 +389,20 @@ class Clock(TrainerCallback):
         return time.process_time(), time.perf_counter()
 
 
-def score(trainer: Any, number: int) -> dict[str, list[float]]:
-    """OCR accuracy and whether all is right, of each held-out prompt, under fixed noise, of the `ema` weights."""
-    rows = tiny_ocr_prompts("test", number)
-    images = pictures(trainer.generate([row["prompt"] for row in rows]))
-    return accuracy(reader().read(images), [row["text"] for row in rows])
+def eval_prompts(name: str) -> list[dict[str, str]]:
+    """Held-out prompts: those of the figures (`"report"`), or others, by which settings are searched (`"search"`)."""
+    report = tiny_ocr_prompts("test", NUM_EVAL_PROMPTS)
+    if name == "report":
+        return report
+    texts = {row["text"] for row in report}
+    others = [row for row in tiny_ocr_prompts("test", 4 * NUM_EVAL_PROMPTS, seed=1) if row["text"] not in texts]
+    return others[:NUM_EVAL_PROMPTS]
+
+
+def score(trainer: Any, prompts: list[dict[str, str]]) -> dict[str, list[float]]:
+    """OCR accuracy of each prompt, and whether it is exact: `ema` weights, fixed noise."""
+    images = pictures(trainer.generate([row["prompt"] for row in prompts]))
+    return accuracy(reader().read(images), [row["text"] for row in prompts])
 
 
 def accuracy(read: list[str], texts: list[str]) -> dict[str, list[float]]:
@@ -361,7 +440,7 @@ def take_all(runs: Iterable[Run], output: Path, workers: int) -> list[str]:
     failures: list[str] = []
     start, cost = time.perf_counter(), sum(run.budget for run in todo)
     if todo:
-        print(f"{len(todo)} runs, about {estimate(todo, workers) / 60:.0f} minutes", flush=True)
+        print(f"{len(todo)} runs, about {expected_seconds(todo, workers) / 60:.0f} minutes", flush=True)
     spent = 0.0
     for run, result in in_processes(partial(take, output=output), todo, workers):
         spent += run.budget
@@ -399,10 +478,16 @@ def _told(function: Any, item: Any) -> Any:
         return traceback.format_exc()
 
 
-def estimate(runs: list[Run], workers: int) -> float:
+def expected_seconds(runs: list[Run], workers: int) -> float:
     """Seconds that runs will take: of each its budget, about 3 s an evaluation, 6 s to begin and 9 s at the end."""
     each = [run.budget + 3 * (1 + run.budget / run.every) + 6 + 9 * run.ends for run in runs]
     return max(sum(each) / workers, max(each, default=0.0))
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
 def machine() -> dict[str, Any]:
@@ -412,14 +497,12 @@ def machine() -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": 1,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in names},
     }
@@ -428,6 +511,6 @@ def machine() -> dict[str, Any]:
 def write_json(file: Path, value: Any) -> None:
     """Whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = file.with_suffix(".partial")
+    partial_file = file.with_suffix(f".{os.getpid()}.partial")  # two processes may write the same
     partial_file.write_text(json.dumps(value, indent=1) + "\n")
     partial_file.replace(file)

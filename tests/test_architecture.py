@@ -1,6 +1,7 @@
 """The house: which module stands on which floor, and imports only go down."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,14 @@ def test_the_reader_of_imports_reads_them_all():
     assert "trl_dgpo.rollout.Rollout" in imports("rollout_dataset.py")
     assert "trl_dgpo.noising" in imports("backbones/sd3.py")
     assert rooms_used("trainer/base_trainer.py") >= {"evaluation", "rewards", "policy", "backbones"}
+
+
+def test_no_source_holds_control_characters():
+    # A "\\frac" that was written without its backslash is a form feed, and nobody sees it.
+    texts = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.md"), *(PACKAGE.parent / "docs").rglob("*.md")]
+    control = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+    assert len(texts) > len(FILES)
+    assert not [path.name for path in texts if control.search(path.read_text(encoding="utf-8"))]
 
 
 def test_the_face_is_quick():

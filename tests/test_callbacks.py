@@ -4,6 +4,7 @@ import json
 import math
 import sys
 
+import datasets
 import pytest
 import torch
 from datasets import load_dataset
@@ -515,11 +516,13 @@ def test_without_rich_it_says_how_to_get_it(monkeypatch):
 
 
 def test_every_round_is_kept_as_a_set_to_train_on(tmp_path):
-    from tiny_trainers import prompt_dataset, tiny_trainer
+    from tiny_trainers import tiny_trainer
 
     def train(at, save_in, **config):
-        config = {"max_steps": 4, "num_iterations": 2, "save_strategy": "steps", "save_steps": 2, **config}
-        prompts = prompt_dataset("a", "b", "c").add_column("text", ["A", "B", "C"])
+        config = {"max_steps": 6, "num_iterations": 2, "save_strategy": "steps", "save_steps": 1, **config}
+        picture = Image.new("RGB", (2, 2))  # of which a set keeps nothing
+        rows = [{"prompt": prompt, "text": prompt.upper(), "picture": picture} for prompt in "abc"]
+        prompts = datasets.Dataset.from_list(rows)
         trainer = tiny_trainer(
             tmp_path / at, callbacks=[SaveRolloutsCallback(tmp_path / save_in)], train_dataset=prompts, **config
         )
@@ -528,26 +531,52 @@ def test_every_round_is_kept_as_a_set_to_train_on(tmp_path):
 
     trainer = train("run", "kept")
     files = sorted(path.name for path in (tmp_path / "kept").iterdir())
-    assert files == ["round-000000.parquet", "round-000001.parquet"]
+    assert files == [f"round-00000{round}.parquet" for round in range(3)]
     dataset = load_rollouts(tmp_path / "kept")
-    assert len(dataset) == 32
+    assert len(dataset) == 48
     saved, record = SavedGroups(dataset), trainer.buffer.record
-    assert saved.sizes.tolist() == [4] * 8
-    last = [saved.read(group, [0, 1, 2, 3]) for group in range(4, 8)]
+    assert saved.sizes.tolist() == [4] * 12
+    last = [saved.read(group, [0, 1, 2, 3]) for group in range(8, 12)]
     assert torch.equal(torch.cat([read.rewards.float() for read in last]), record.rewards)
     assert torch.equal(torch.stack([x0 for read in last for x0 in read.x0]), record.x0)
     assert [saved[group]["text"] for group in range(8)] == [saved[group]["prompt"].upper() for group in range(8)]
-    # A run that goes on writes its rounds anew, and keeps those before.
-    first, second = ((tmp_path / "kept" / name).read_bytes() for name in files)
-    (tmp_path / "kept" / files[0]).write_bytes(b"kept")
+    # A run that goes on keeps the rounds before its checkpoint, sets the others aside and writes them anew.
+    first, second, third = ((tmp_path / "kept" / name).read_bytes() for name in files)
     (tmp_path / "kept" / files[1]).write_bytes(b"of the interrupted run")
-    train("run", "kept", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert (tmp_path / "kept" / files[0]).read_bytes() == b"kept"
+    (tmp_path / "kept" / "round-000009.parquet").write_bytes(b"of its future")
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    train("run", "kept", resume_from_checkpoint=checkpoint, max_steps=4)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["_earlier-1", *files[:2]]
+    aside = tmp_path / "kept" / "_earlier-1"
+    assert sorted(path.name for path in aside.iterdir()) == [*files[1:], "round-000009.parquet"]
+    assert (tmp_path / "kept" / files[0]).read_bytes() == first
     assert (tmp_path / "kept" / files[1]).read_bytes() == second
+    # Within a round, the round is the checkpoint's.
+    train("run", "kept", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert (tmp_path / "kept" / files[1]).read_bytes() == second
+    assert (tmp_path / "kept" / files[2]).read_bytes() == third
+    assert not (tmp_path / "kept" / "_earlier-2").exists()
     # One that begins anew does not mix with them.
     train("other", "kept", max_steps=2)
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["_earlier-1", files[0]]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["_earlier-1", "_earlier-2", files[0]]
     assert (tmp_path / "kept" / files[0]).read_bytes() == first
+
+
+def test_rounds_of_which_each_has_other_values_are_read_as_one_set(tmp_path):
+    def keep(round, **columns):
+        rows = [{"prompt": "a", **columns}] * 6
+        callback.on_rollout(args, state(), TrainerControl(), scored=scored(round=round, rows=rows), train_dataset=[])
+
+    args = TrainingArguments(output_dir=str(tmp_path))
+    args.steps_per_round = 1
+    callback = SaveRolloutsCallback(tmp_path)
+    keep(0, number=1, text="T")
+    keep(1, number=0.5, text=None)
+    callback = SaveRolloutsCallback(tmp_path)  # of a run that goes on
+    callback.on_train_begin(args, state(2), TrainerControl())
+    keep(2, text="U", new=1)
+    rows = load_rollouts(tmp_path)
+    assert (rows["number"][::6], rows["text"][::6]) == ([1.0, 0.5, None], ["T", None, "U"])
 
 
 def test_a_round_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):

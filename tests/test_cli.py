@@ -374,6 +374,31 @@ def test_train_then_evaluate_then_sample(recipe, capsys, tmp_path):
     assert next(entry["eval_reward"] for entry in logged) == pytest.approx(scores["after"], abs=1e-6)
 
 
+def test_rollouts_are_collected_as_their_trainer_makes_them(recipe, capsys, tmp_path):
+    # Flow-GRPO's stochastic steps are its own: with almost no noise they are nearly the ODE's.
+    flags = ["--config", str(recipe), "--trainer", "flow_grpo", "--num_train_timesteps", "1"]
+    x0 = {}
+    for level in (1e-3, 0.7):
+        folder = tmp_path / str(level)
+        assert main(["collect", *flags, "--noise_level", str(level), "--output", str(folder)]) == 0
+        x0[level] = torch.tensor(load_from_disk(folder)["x0"][:])
+    folder = tmp_path / "ode"
+    euler = ["--sampler", "euler", "--sigmas", "model", "--output", str(folder)]
+    assert main(["collect", "--config", str(recipe), *euler]) == 0
+    ode = torch.tensor(load_from_disk(folder)["x0"][:])
+    assert (x0[1e-3] - ode).abs().max() < 0.02 < 0.2 < (x0[0.7] - ode).abs().max()
+    capsys.readouterr()
+    assert "rolls nothing out" in error(
+        capsys, "collect", "--config", recipe, "--trainer", "diffusion_sft", "--num_generations", "1"
+    )
+
+
+def test_supervised_training_asks_for_pictures(recipe, capsys):
+    told = error(capsys, "train", "--config", recipe, "--trainer", "diffusion_sft", "--num_generations", "1")
+    assert "--rollouts_name" in told
+    assert "leave out --reward_funcs" in told
+
+
 def test_collected_rollouts_are_trained_on_by_every_method_that_can(recipe, capsys, tmp_path):
     rollouts = tmp_path / "made" / "rollouts"
     flags = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
@@ -396,6 +421,8 @@ def test_collected_rollouts_are_trained_on_by_every_method_that_can(recipe, caps
         logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         assert any("eval_reward" in entry for entry in logged)
         assert (run / "pytorch_lora_weights.safetensors").is_file()
+    capsys.readouterr()
+    assert "`num_prompts`" in error(capsys, "train", *flags, "--num_prompts", "2")
     flags += ["--trainer", "diffusion_sft", "--num_generations", "1", "--output_dir", str(tmp_path / "sft")]
     assert main(["train", *flags]) == 0
     capsys.readouterr()
@@ -652,6 +679,28 @@ def test_the_result_is_pushed(recipe, monkeypatch, dataset, told):
     flags = ["--push_to_hub", "true", "--eval_strategy", "no", "--dataset_name", dataset]
     assert main(["train", "--config", str(recipe), *flags]) == 0
     assert pushed == [{"dataset_name": told}]
+
+
+def test_what_was_trained_on_is_named_where_it_is_pushed(recipe, monkeypatch):
+    from trl_dgpo import DGPOTrainer, rollout_dataset
+
+    pushed, loaded = [], []
+    saved = {
+        "prompt": ["a"] * 4,
+        "image": [Image.new("RGB", (32, 32), (n, 0, 0)) for n in range(4)],
+        "reward": range(4),
+    }
+    monkeypatch.setattr(DGPOTrainer, "init_hf_repo", lambda self, *args: None)
+    monkeypatch.setattr(DGPOTrainer, "push_to_hub", lambda self, **kwargs: pushed.append(kwargs))
+    monkeypatch.setattr(
+        rollout_dataset, "load_rollouts", lambda name, split: loaded.append(name) or Dataset.from_dict(saved)
+    )
+    lines = [line for line in recipe.read_text().splitlines() if not line.startswith(("reward_funcs", "dataset_name"))]
+    recipe.write_text("\n".join(lines))
+    flags = ["--push_to_hub", "true", "--eval_strategy", "no", "--rollouts_name", "user/rollouts"]
+    assert main(["train", "--config", str(recipe), *flags]) == 0
+    assert loaded == ["user/rollouts"]
+    assert pushed == [{"dataset_name": "user/rollouts"}]
 
 
 def test_an_error_in_training_keeps_its_traceback(recipe, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
-from trl_dgpo import DGPOConfig, GPOConfig, ddpo_compat
+from trl_dgpo import DGPOConfig, FlowGRPOConfig, GPOConfig, ddpo_compat
 from trl_dgpo.ddpo_compat import (
     DDPOFields,
     DefaultDGPOStableDiffusionPipeline,
@@ -210,7 +210,6 @@ def test_help_prints():
         ({"train_adv_clip_max": 0.0}, "`train_adv_clip_max` is 0.0; it must be above 0"),
         ({"steps_per_generation": 4}, "`steps_per_generation` is 4; .*`prompts_per_round`"),
         ({"generation_batch_size": 64}, "`generation_batch_size` is 64; .*`prompts_per_round`"),
-        ({"epsilon": 0.2}, "`epsilon` is 0.2; .*`clip_range`"),
     ],
 )
 def test_what_contradicts_itself_is_told_with_both_values(config, message):
@@ -245,9 +244,27 @@ def test_statistics_over_rounds_are_told_apart():
         build(per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32)
 
 
-def test_clip_range_never_maps():
+def test_a_clip_of_likelihoods_maps_only_onto_one():
     with pytest.warns(UserWarning, match=r"`train_clip_range` \(0.2\) is not used: .* `clip_range`"):
         assert build(train_clip_range=0.2).clip_range == 1e-3
+    assert build(FlowGRPOConfig, train_clip_range=2e-4).clip_range == 2e-4
+    with pytest.raises(ValueError, match=r"`train_clip_range` is 0.0002, .*`clip_range` is 0.001"):
+        build(FlowGRPOConfig, train_clip_range=2e-4, clip_range=1e-3)
+    with pytest.raises(ValueError, match=r"`epsilon` is 0.2; .* denoising errors, .* default is 0.001"):
+        build(epsilon=0.2)
+    with pytest.raises(ValueError, match=r"`epsilon` is 0.2; .* So does `clip_range`, .* default is 0.0001"):
+        build(FlowGRPOConfig, epsilon=0.2)
+
+
+def test_training_with_guidance_is_the_methods_own():
+    assert build(FlowGRPOConfig, train_cfg=True).train_guidance_scale == 4.5
+    with pytest.warns(UserWarning, match="`train_cfg=False` has no effect: .*`sample_guidance_scale=1.0`"):
+        build(FlowGRPOConfig, train_cfg=False)
+    build(FlowGRPOConfig, train_cfg=False, sample_guidance_scale=1.0)
+
+
+def test_a_rate_that_a_method_would_choose_can_be_given_by_its_old_name():
+    assert build(GPOConfig, train_learning_rate=3e-5).learning_rate == 3e-5
 
 
 def test_tf32_is_asked_for_only_where_it_is(monkeypatch):
@@ -329,6 +346,9 @@ class Bare(GRPOFields, DDPOFields):
     weight_decay: float = 1e-4
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+
+    clips_likelihoods = False
+    train_guidance_scale = 1.0
 
 
 def bare_config(**config) -> Bare:

@@ -15,8 +15,10 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_trainers import tiny_config
+from trl.trainer.base_config import _BaseConfig
 
-from trl_dgpo import hub
+from trl_dgpo import DGPOConfig, DiffusionDPOConfig, DiffusionSFTConfig, FlowGRPOConfig, GPOConfig, hub
+from trl_dgpo.ddpo_compat import DDPOFields, GRPOFields
 from trl_dgpo.hub import CARD_MARK, IGNORE_PATTERNS, RunDescription, is_repo_id, upload, write_model_card
 from trl_dgpo.tiny import tiny_pipeline_path
 
@@ -339,6 +341,23 @@ def test_configuration(tmp_path):
     everything = table(card, "field", "value")
     assert everything["`width`"] == ["<code>32</code>"]
     assert "trl 1." in card.text
+
+
+@pytest.mark.parametrize(
+    "config_class", [DGPOConfig, GPOConfig, FlowGRPOConfig, DiffusionDPOConfig, DiffusionSFTConfig]
+)
+def test_what_follows_from_other_fields_differs_from_no_default(tmp_path, config_class):
+    above = (name for base in (_BaseConfig, DDPOFields, GRPOFields) for name in base.__dataclass_fields__)
+    own = set(config_class.__dataclass_fields__).difference(above)
+
+    def differing(**given):
+        config = config_class(output_dir=str(tmp_path), use_cpu=True, **given)
+        run = RunDescription(method="", paper=PAPER, config=config, method_fields=tuple(own), base_model=SD35)
+        card = ModelCard.load(write_model_card(tmp_path, run))
+        return {name.strip("`") for name in table(card, "field", "value", "default")}
+
+    assert differing(sample_guidance_scale=3.0) == {"sample_guidance_scale"}
+    assert differing(prompts_per_round=12, learning_rate=0.02) == {"prompts_per_round", "learning_rate"}
 
 
 def test_neither_token_nor_folder(tmp_path):

@@ -537,16 +537,16 @@ def test_parts_of_pairs_add_up_to_the_whole(loss_type, selection, parts):
     r = a_round()
     options = {"selection": selection, "loss_type": loss_type}
     whole, expected = gradient(pair_loss, r.errors, r, **options)
-    margins = (r.errors - r.reference).view(5, 6)
+    excess = (r.errors - r.reference).view(5, 6)
 
-    def of_parts(margins):
-        parted = [gradient(pair_loss, r.errors[p], r, p, margins=margins, **options) for p in parts]
+    def of_parts(excess):
+        parted = [gradient(pair_loss, r.errors[p], r, p, excess=excess, **options) for p in parts]
         grad = torch.zeros_like(r.errors)
         for part, (_, slope) in zip(parts, parted, strict=True):
             grad[part] += slope
         return sum(out.loss.detach() for out, _ in parted), sum(out.objective for out, _ in parted), grad
 
-    loss, objective, grad = of_parts(margins)
+    loss, objective, grad = of_parts(excess)
     close(loss, whole.loss.item(), atol=1e-12)
     close(objective, whole.objective.item(), atol=1e-12)
     close(grad, expected.tolist(), atol=1e-12)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import CLIPTextConfig, T5Config
 
-from trl_dgpo import DGPOConfig, DGPOTrainer, GPOTrainer
+from trl_dgpo import DGPOConfig, DGPOTrainer, DiffusionDPOTrainer, FlowGRPOTrainer, GPOTrainer
 from trl_dgpo.backbones import load_backbone
 from trl_dgpo.backbones.sd3 import SD3Backbone
 from trl_dgpo.plan import (
@@ -382,12 +382,30 @@ def test_every_part_of_a_trainer_is_counted(folder, tmp_path, monkeypatch, full)
         (DGPOTrainer, {"full_finetuning": True, "reference": "refreshed"}),
         (GPOTrainer, {}),
         (GPOTrainer, {"loss_type": "logsigmoid", "reference": "frozen", "full_finetuning": True}),
+        (FlowGRPOTrainer, {}),
+        (FlowGRPOTrainer, {"full_finetuning": True, "kl_coef": 0.1, "old_policy_after": 3}),
+        (DiffusionDPOTrainer, {"reference": "refreshed"}),
     ],
 )
 def test_views_are_the_trainers(folder, tmp_path, trainer_class, config):
     trainer = tiny_trainer(tmp_path, trainer_class, model=str(folder), **config)
     kept = size(t for view in trainer.policy.views for t in trainer.policy.tensors(view).values())
     assert parts(folder, trainer.args)["views"] == kept
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+def test_a_guided_policy_is_trained_with_two_rows_an_image(folder, tmp_path, guidance_scale):
+    trainer = tiny_trainer(tmp_path, FlowGRPOTrainer, model=str(folder), sample_guidance_scale=guidance_scale)
+    rows = set()
+    trainer.backbone.transformer.proj_out.register_forward_pre_hook(
+        lambda module, inputs: rows.add(len(inputs[0])) if torch.is_grad_enabled() else None
+    )
+    trainer.train()
+    plan = plan_memory(read_model(folder, trainer.args), trainer.args)
+    formulas = {part.name: part.formula for part in plan.parts}
+    assert rows == {4 if guidance_scale == 1 else 8}
+    for name in ("saved activations", "backward's own"):
+        assert formulas[name].startswith(f"{max(rows)} rows of"), name
 
 
 def test_half_precision_is_counted_as_it_is_loaded(folder, tmp_path):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from trl_dgpo.rollout import Rollout, ScoredImages
 from trl_dgpo.rollout_dataset import (
+    RowColumns,
     SavedGroups,
     fitted,
     from_dataset,
@@ -184,10 +185,68 @@ def test_one_prompt_of_two_rounds_is_two_groups():
     assert SavedGroups(dataset.remove_columns("round")).sizes.tolist() == [4]  # what the column is for
 
 
-def test_columns_that_hold_nothing_are_left_out():
-    dataset = rounds_to_dataset([round_of(0, metadata={}, missing=None, include=[{"class": "cat"}], reward="clash")])
-    assert {"metadata", "missing"}.isdisjoint(dataset.column_names)
-    assert SavedGroups(dataset)[0] == {"prompt": "a", "include": [{"class": "cat"}]}
+def test_columns_that_hold_nothing_are_left_out(caplog):
+    dataset = rounds_to_dataset([round_of(0, metadata={}, missing=None, none=[], reward="clash")])
+    assert SavedGroups(dataset)[0] == {"prompt": "a"}
+    assert not caplog.messages
+
+
+def through_files(rounds, columns, folder) -> datasets.Dataset:
+    folder.mkdir()
+    for scored in rounds:
+        rounds_to_dataset([scored], columns).to_parquet(folder / f"round-{scored.round:06d}.parquet")
+    return load_rollouts(folder)
+
+
+def test_rounds_of_which_each_has_other_values_are_one_set(tmp_path, caplog):
+    nothing = {"text": None, "count": None, "yes": None, "words": []}
+    rounds = [
+        round_of(0, text="T", count=1, yes=True, words=[], picture=picture(1), grid=np.ones((2, 2)), record={"a": 1}),
+        round_of(1, **nothing, picture=None, grid=np.zeros(2), record={}, new="later"),
+        round_of(2, text="U", count=2.5, yes=False, words=["w"]),
+        round_of(3, ("b",), count="many", yes=None),
+        round_of(4, ("b",)),
+    ]
+    rounds[2].rows[0].clear()
+    rounds[2].rows[0]["prompt"] = "a"  # a stream need not give the same columns in every row
+    for dataset in (through_files(rounds, RowColumns(), tmp_path / "files"), rounds_to_dataset(rounds)):
+        assert dataset["text"][:] == ["T"] * 4 + [None] * 5 + ["U"] * 3 + [None] * 4
+        assert dataset["count"][:] == [1.0] * 4 + [None] * 5 + [2.5] * 3 + [None] * 4
+        assert dataset["yes"][:] == [True] * 4 + [None] * 5 + [False] * 3 + [None] * 4
+        assert {"picture", "grid", "record", "words", "new"}.isdisjoint(dataset.column_names)
+    told = [message for message in caplog.messages if "leaves out the columns" in message]
+    assert [message.split("columns ")[1].split(" of the prompts")[0] for message in told[:4]] == [
+        *("['grid', 'picture', 'record']", "['new']", "['words']", "['count']")
+    ]
+    assert len(told) == 8  # four for each of the two sets
+
+
+def test_features_of_the_prompts_say_what_is_kept(tmp_path, caplog):
+    prompts = datasets.Dataset.from_dict(
+        {
+            "prompt": ["a", "b", "c"],
+            "text": [None, None, "T"],
+            "points": [1, None, 3],
+            "include": [[{"class": "cat", "count": 2}], [], None],
+            "words": [[], ["w"], []],
+            "picture": [picture(1), None, picture(2)],
+            "nothing": [None, None, None],
+        }
+    )
+    for rows in (prompts, prompts.with_format("numpy")):
+        columns = RowColumns(rows.features)
+        rounds = [round_of(n, ("x",), size=1, **{k: v for k, v in rows[n].items() if k != "prompt"}) for n in range(3)]
+        caplog.clear()
+        dataset = through_files(rounds, columns, tmp_path / str(rows.format["type"]))
+        saved = SavedGroups(dataset)
+        assert [saved[n] for n in range(3)] == [
+            {"prompt": "x", **{k: v for k, v in row.items() if k not in ("prompt", "picture")}} for row in prompts
+        ]
+        [told] = [message for message in caplog.messages if "leaves out" in message]
+        assert "['picture']" in told
+        kept = {name: dataset.features[name] for name in saved.features.keys() - {"prompt"}}
+        assert kept == {name: prompts.features[name] for name in kept}
+        assert RowColumns.of_file(sorted((tmp_path / str(rows.format["type"])).iterdir())[2])._features == kept
 
 
 def hand_made(**columns) -> datasets.Dataset:
@@ -238,6 +297,25 @@ def test_pairs_are_groups_of_two():
     unlabelled = SavedGroups(pairs(has_label=[True, False, True]))
     assert unlabelled.read(1, [0, 1]).rewards.isnan().all()
     assert unlabelled.read(0, [0, 1]).rewards.tolist() == [1, 0]
+
+
+def test_the_caption_of_pairs_is_their_prompt():
+    saved = SavedGroups(pairs(prompt=["another", "column", None]))
+    assert saved[1] == {"prompt": "b", "ranking_id": 8}
+
+
+def test_rows_of_a_group_that_do_not_stand_together():
+    dataset = rounds_to_dataset([round_of(0), round_of(1)])
+    with pytest.raises(ValueError, match=r"do not stand together: .*'group': 1.*dataset.sort\(\['round', 'group'\]\)"):
+        SavedGroups(dataset.select([0, 2, 1, 3, 4, 5, 6, 7]).select([1, 0, 3, 2, 4, 5, 6, 7]))
+    shuffled = dataset.shuffle(seed=0)
+    with pytest.raises(ValueError, match="do not stand together"):
+        SavedGroups(shuffled)
+    assert SavedGroups(shuffled.sort(["round", "group"])).sizes.tolist() == [2, 2, 2, 2]
+    with pytest.raises(ValueError, match=r"dataset.sort\(\['group'\]\)"):
+        SavedGroups(hand_made(reward=[1] * 4, group=[0, 1, 0, 1]))
+    # Without numbers a prompt may well come twice.
+    assert SavedGroups(hand_made(reward=[1] * 4).select([0, 3, 1, 2])).sizes.tolist() == [1, 1, 2]
 
 
 def test_pictures_with_captions_are_groups_of_one():

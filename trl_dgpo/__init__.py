@@ -19,7 +19,7 @@ _EXPORTS = {
     "GPOTrainer": ".trainer.gpo_trainer",
     "GroupRolloutBuffer": ".rollout",
     "Rollout": ".rollout",
-    "Trajectory": ".rollout",
+    "load_rollouts": ".rollout_dataset",
 }
 
 __all__ = [*_EXPORTS]

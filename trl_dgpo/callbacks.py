@@ -30,7 +30,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from .rewards.scoring import Scores
 from .rollout import ScoredImages
-from .rollout_dataset import rounds_to_dataset
+from .rollout_dataset import RowColumns, rounds_to_dataset
 from .run_files import LOG, written_aside
 
 
@@ -329,8 +329,9 @@ class SaveRolloutsCallback(TrainerCallback):
 
     Round 40 is `round-000040.parquet` in the folder, with the columns of
     [`~trl_dgpo.rollout_dataset.rounds_to_dataset`]; [`~trl_dgpo.rollout_dataset.load_rollouts`] reads all of them as
-    one data set. A file stands there whole or not at all. A run that is resumed writes the rounds since its checkpoint
-    anew; one that begins anew moves another's rounds to `_earlier-1` (`-2`, ...) in the folder.
+    one data set. A file stands there whole or not at all. Training moves rounds that are not its own to `_earlier-1`
+    (`-2`, ...) in the folder when it begins: all of another run, and where it is resumed those since its checkpoint,
+    which it will not make again in the same way.
 
     Args:
         output_dir (`str` or `os.PathLike`):
@@ -339,16 +340,27 @@ class SaveRolloutsCallback(TrainerCallback):
 
     def __init__(self, output_dir: str | os.PathLike):
         self.output_dir = Path(output_dir)
+        self._columns: RowColumns | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and state.global_step == 0:
-            _move_aside(self.output_dir, sorted(self.output_dir.glob("round-*.parquet")))
+        self._columns = None
+        if not state.is_world_process_zero:
+            return
+        files = {int(path.stem.removeprefix("round-")): path for path in self.output_dir.glob("round-*.parquet")}
+        # Rounds that began before the checkpoint are this run's; one at its step is still to be rolled out.
+        own = {round for round in files if state.global_step and round * args.steps_per_round < state.global_step}
+        _move_aside(self.output_dir, [files[round] for round in sorted(files.keys() - own)])
+        if own:
+            self._columns = RowColumns.of_file(files[max(own)])
 
-    def on_rollout(self, args, state, control, scored: ScoredImages, **kwargs):
+    def on_rollout(self, args, state, control, scored: ScoredImages, train_dataset: Any = None, **kwargs):
         scored = whole_round(scored)
-        if state.is_world_process_zero:
-            with written_aside(self.output_dir / f"round-{scored.round:06d}.parquet") as path:
-                rounds_to_dataset([scored]).to_parquet(path)
+        if not state.is_world_process_zero:
+            return
+        if self._columns is None:
+            self._columns = RowColumns(getattr(train_dataset, "features", None))
+        with written_aside(self.output_dir / f"round-{scored.round:06d}.parquet") as path:
+            rounds_to_dataset([scored], self._columns).to_parquet(path)
 
 
 def whole_round(scored: ScoredImages) -> ScoredImages:

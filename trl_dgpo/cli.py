@@ -1,8 +1,8 @@
 """
 The command line: `trl-dgpo train|evaluate|sample|collect|plan|report|serve-reward`, or `python -m trl_dgpo`.
 
-`train`, `evaluate`, `sample` and `plan` take the same recipe, a YAML file of flags, and the same flags over it: those
-of this file, every field of [`DGPOConfig`] or [`GPOConfig`], and those of [`~trl.ModelConfig`]. So what a run was
+`train`, `evaluate`, `sample`, `collect` and `plan` take the same recipe, a YAML file of flags, and the same flags over
+it: those of this file, every field of the method's configuration, and those of [`~trl.ModelConfig`]. So what a run was
 trained with is what it is evaluated and drawn with, and what a plan is made for.
 
 What a user can get wrong ends as one line and exit code 2, before anything is trained; `TRL_DGPO_DEBUG=1` shows the
@@ -68,7 +68,7 @@ class DGPOScriptArguments:
             prompt a line, a `.jsonl`, `.json`, `.csv` or `.parquet` file with a column `prompt`, or a data set's id on
             the Hub.
         rollouts_name (`str`, *optional*):
-            Saved rollouts to train on in place of prompts: a folder or an id on the Hub, see
+            Saved rollouts, pairs or pictures to train on in place of prompts: a folder or an id on the Hub, see
             [`~trl_dgpo.rollout_dataset.load_rollouts`]. `dataset_name` is then of use for its held-out prompts alone.
         dataset_config (`str`, *optional*):
             Configuration of a data set on the Hub.
@@ -103,8 +103,8 @@ class DGPOScriptArguments:
     rollouts_name: str | None = field(
         default=None,
         metadata={
-            "help": "Saved rollouts to train on in place of prompts: a folder (of `trl-dgpo collect`) or an id on the "
-            "Hub."
+            "help": "Saved rollouts (of `trl-dgpo collect`), pairs or pictures to train on in place of prompts: a "
+            "folder or an id on the Hub."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
@@ -379,7 +379,8 @@ def train(argv: list[str]) -> int:
         print(f"\nInterrupted after {trainer.state.global_step} steps; what was learned is in {args.output_dir}.")
         return 130
     if args.push_to_hub:  # which saves first
-        trainer.push_to_hub(dataset_name=script.dataset_name if _is_on_hub(script.dataset_name) else None)
+        trained_on = script.rollouts_name or script.dataset_name
+        trainer.push_to_hub(dataset_name=trained_on if _is_on_hub(trained_on) else None)
     else:
         trainer.save_model()
     if trainer.is_world_process_zero():
@@ -497,6 +498,8 @@ def collect(argv: list[str]) -> int:
         script, args, model = parse(argv, CollectArguments, "collect")
         if script.num_rounds < 1:
             raise ValueError(f"`num_rounds` is {script.num_rounds}; it must be at least 1.")
+        if script.trainer == "diffusion_sft":
+            raise ValueError("diffusion_sft rolls nothing out. Give the trainer whose rounds are to be collected.")
         output = Path(script.output)
         if output.exists():
             raise ValueError(f"{script.output!r} is there already. Give another --output, or remove it.")
@@ -504,7 +507,7 @@ def collect(argv: list[str]) -> int:
         rewards = _rewards(script.reward_funcs, normalize=True)
     with tempfile.TemporaryDirectory() as scratch:
         with _users_mistakes():
-            trainer = _build_still(args, model, scratch, _dataset(script, "train"), rewards)
+            trainer = _build_still(args, model, scratch, _dataset(script, "train"), rewards, trainer=script.trainer)
         rollouts = trainer.collect_rollouts(script.num_rounds)
         if trainer.is_world_process_zero():
             rollouts.save_to_disk(output)
@@ -636,6 +639,10 @@ def _check_model(model: ModelConfig, switched: bool) -> None:
 def _training_set(script: DGPOScriptArguments) -> Any:
     if script.rollouts_name is None:
         return _dataset(script, "train")
+    if script.num_prompts is not None or script.dataset_streaming:
+        raise ValueError(
+            "`num_prompts` and `dataset_streaming` are of prompts, and --rollouts_name is trained on whole."
+        )
     from .rollout_dataset import load_rollouts
 
     return load_rollouts(script.rollouts_name, split=script.dataset_train_split)
@@ -645,6 +652,11 @@ def _training_rewards(script: DGPOScriptArguments) -> Any:
     # Saved rollouts have their rewards with them; where some are named, they are scored anew.
     if script.rollouts_name is not None and script.reward_funcs is None:
         return None
+    if script.trainer == "diffusion_sft":
+        raise ValueError(
+            "diffusion_sft learns from pictures, not from prompts and a reward: give --rollouts_name a set of "
+            "pictures with captions or of rollouts, and leave out --reward_funcs."
+        )
     return _rewards(script.reward_funcs, normalize=True)
 
 
@@ -688,16 +700,17 @@ def _build_still(
     dataset: Any,
     rewards: Any = None,
     pipeline: Any = None,
+    trainer: str = "dgpo",
 ) -> DGPOTrainer:
     """
     A trainer that trains nothing: it loads the weights as training would and leaves the run's folder alone.
 
-    Any method's configuration will do, and DGPO's trainer asks no method's training data.
+    Pictures are the same with any method's trainer, and DGPO's asks for no other data than prompts.
     """
     args.output_dir, args.push_to_hub, args.report_to, args.num_log_images = scratch, False, [], 0
     if rewards is None:
         rewards, args.reward_weights = _no_reward, None
-    return _build("dgpo", args, model, pipeline, train_dataset=dataset, eval_dataset=dataset, reward_funcs=rewards)
+    return _build(trainer, args, model, pipeline, train_dataset=dataset, eval_dataset=dataset, reward_funcs=rewards)
 
 
 @contextmanager
@@ -765,7 +778,9 @@ def _train_command(flags: list[str], script: PlanArguments, changes: dict[str, A
             parts[-1] += f" {shlex.quote(word)}"
     parts = [part for part in parts if _flag(part.split()[0]) not in {"vram", "fp32", *changes}]
     parts += [words({name: value}) for name, value in changes.items()]
-    parts += [f"--{name} ..." for name in ("dataset_name", "reward_funcs") if getattr(script, name) is None]
+    missing = ("rollouts_name",) if script.trainer == "diffusion_sft" else ("dataset_name", "reward_funcs")
+    if script.rollouts_name is None:
+        parts += [f"--{name} ..." for name in missing if getattr(script, name) is None]
     lines = ["trl-dgpo train"]
     for part in parts:
         if len(lines[-1]) + len(part) < 96:

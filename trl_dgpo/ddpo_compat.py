@@ -101,11 +101,11 @@ class DDPOFields:
         train_num_inner_epochs (`int`, *optional*):
             `num_iterations`.
         train_cfg (`bool`, *optional*):
-            Accepted without effect: the policy is always trained without guidance.
+            Accepted without effect: the policy is trained without guidance, or in Flow-GRPO with that of its rollouts.
         train_adv_clip_max (`float`, *optional*):
             `advantage_clip`.
         train_clip_range (`float`, *optional*):
-            Accepted without effect: `clip_range` has another scale.
+            In Flow-GRPO `clip_range`. Accepted without effect elsewhere: `clip_range` has another scale.
         train_timestep_fraction (`float`, *optional*):
             The noisy part of the levels that is trained on: `t_min` is 1 minus this.
         per_prompt_stat_tracking (`bool`, *optional*):
@@ -186,11 +186,12 @@ class DDPOFields:
     train_num_inner_epochs: int | None = field(default=None, metadata={"help": "DDPO's name of `num_iterations`."})
     train_cfg: bool | None = field(
         default=None,
-        metadata={"help": "DDPO's name, without effect: the policy is trained without guidance.", **_BARE_FLAG},
+        metadata={"help": "DDPO's name, without effect: the method says how the policy is trained.", **_BARE_FLAG},
     )
     train_adv_clip_max: float | None = field(default=None, metadata={"help": "DDPO's name of `advantage_clip`."})
     train_clip_range: float | None = field(
-        default=None, metadata={"help": "DDPO's name, without effect: `clip_range` has another scale."}
+        default=None,
+        metadata={"help": "DDPO's name of Flow-GRPO's `clip_range`; that of other methods has another scale."},
     )
     train_timestep_fraction: float | None = field(
         default=None, metadata={"help": "DDPO's name: noisy part of the levels; `t_min` is 1 minus this."}
@@ -219,7 +220,7 @@ class GRPOFields:
         generation_batch_size (`int`, *optional*):
             Refused: `prompts_per_round` sizes a round.
         epsilon (`float`, *optional*):
-            Refused: `clip_range` has another scale.
+            Refused: `clip_range` has another scale, in Flow-GRPO too.
     """
 
     steps_per_generation: int | None = field(
@@ -602,10 +603,14 @@ _GRPO_NAMES = {
         "A round is `prompts_per_round` x `num_generations` images; `prompts_per_round` is this divided by "
         "`num_generations`."
     ),
-    "epsilon": (
-        "It clips a ratio of likelihoods. `clip_range` clips a ratio of denoising errors, which stays much nearer to "
-        "1 (its default is 1e-3); set that, or 0 for no clip."
+    "epsilon": "It clips a ratio of likelihoods. {clip} (its default is {default}); set that, or 0 for no clip.",
+}
+_CLIPS = {  # what `clip_range` is, by whether it clips likelihoods too
+    True: (
+        "So does `clip_range`, but a log-probability is a mean over latent elements here, so that the ratio stays "
+        "much nearer to 1"
     ),
+    False: "`clip_range` clips a ratio of denoising errors, which stays much nearer to 1",
 }
 
 
@@ -621,6 +626,7 @@ def _refuse_grpo_names(config: Any) -> None:
     for name, way_out in _GRPO_NAMES.items():
         value = getattr(config, name, None)
         if value is not None:
+            way_out = way_out.format(clip=_CLIPS[config.clips_likelihoods], default=_default(config, "clip_range"))
             raise ValueError(f"`{name}` is {value!r}; this name of GRPO's means nothing here. {way_out}")
 
 
@@ -644,6 +650,8 @@ def _resolve_rest(config: Any) -> None:
         _assign(config, "tf32", allowed, f"`allow_tf32` is {allowed}")
     if _spend(config, "train_use_8bit_adam"):
         _assign(config, "optim", "adamw_bnb_8bit", "`train_use_8bit_adam` is True")
+    if config.clips_likelihoods and (clip_range := _spend(config, "train_clip_range")) is not None:
+        _assign(config, "clip_range", clip_range, f"`train_clip_range` is {clip_range}")
     fraction = _spend(config, "train_timestep_fraction")
     _check("train_timestep_fraction", fraction, lambda part: 0 < part <= 1, "in (0, 1]")
     if fraction is not None:
@@ -738,10 +746,16 @@ def _warn_of_no_effect(config: Any) -> None:
             f"`train_clip_range` ({clip_range}) is not used: it clips a ratio of likelihoods, `clip_range` "
             f"({config.clip_range} here) one of denoising errors, on another scale. Set `clip_range`, 0 for no clip."
         )
-    if _spend(config, "train_cfg"):
+    train_cfg, is_guided = _spend(config, "train_cfg"), config.train_guidance_scale > 1
+    if train_cfg and not is_guided:
         _warn(
             "`train_cfg=True` has no effect: guidance acts in rollouts (`sample_guidance_scale`), and the policy is "
             "trained without. To train without guidance in rollouts too, see `reference_guidance_scale`."
+        )
+    elif train_cfg is False and is_guided:
+        _warn(
+            "`train_cfg=False` has no effect: the policy is trained with the guidance that its steps were sampled "
+            "with. `sample_guidance_scale=1.0` turns it off in both."
         )
     eta = _spend(config, "sample_eta")
     if eta:

@@ -82,15 +82,6 @@ _PRIVATE_FIELD = re.compile(r"_(token|dir|path|folder)$|^resume_from|^(project|l
 _PRIVATE_TEXT = re.compile(r"hf_\w{16,}|^(/|~|[A-Za-z]:\\)")
 # Of the method's own fields those that say who watched a run, not how the model came about.
 _NOT_SHOWN = re.compile(r"kwargs|name|hub|report|track|async|workers|^log|^num_log|_print$")
-# Fields that are set from others where they are left out.
-_SET_FROM = {
-    "width": "resolution",
-    "sample_batch_size": "num_generations",
-    "per_device_train_batch_size": "num_generations",
-    "eval_guidance_scale": "sample_guidance_scale",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "bf16": "bf16",
-}
 _PACKAGES = ("torch", "transformers", "diffusers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
 _TRL_CITATION = """@software{vonwerra2020trl,
   title   = {{TRL: Transformers Reinforcement Learning}},
@@ -583,8 +574,8 @@ def _configuration(run: RunDescription) -> Iterable[str]:
 
 
 def _settings(run: RunDescription) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Values and defaults of the fields that decide what is learned."""
-    config, told = run.config, run.settings()
+    """Values and defaults of the fields that decide what is learned; a default may follow from other fields."""
+    config, told, derived = run.config, run.settings(), run.config.derived
     values, defaults = {}, {}
     for field in dataclasses.fields(config):
         name = field.name
@@ -592,9 +583,8 @@ def _settings(run: RunDescription) -> tuple[dict[str, Any], dict[str, Any]]:
             continue
         if name in _TRAINER_FIELDS or (name in run.method_fields and not _NOT_SHOWN.search(name)):
             values[name] = value
-            default = None if field.default is dataclasses.MISSING else _plain(field.default)
-            is_derived = default is None and name in _SET_FROM
-            defaults[name] = _plain(getattr(config, _SET_FROM[name])) if is_derived else default
+            default = None if field.default is dataclasses.MISSING else field.default
+            defaults[name] = _plain(derived.get(name, default))
     return values, defaults
 
 

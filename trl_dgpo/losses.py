@@ -322,8 +322,8 @@ def diffusion_dpo_loss(
     Returns:
         `torch.Tensor`, scalar.
     """
-    margin = (errors_w - reference_errors_w) - (errors_l - reference_errors_l)
-    return F.softplus(beta / 2 * margin).mean()
+    difference = (errors_w - reference_errors_w) - (errors_l - reference_errors_l)
+    return F.softplus(beta / 2 * difference).mean()
 
 
 def pairwise_dpo_loss(
@@ -335,20 +335,20 @@ def pairwise_dpo_loss(
     *,
     beta: float,
     num_groups: int | None = None,
-    margins: Tensor | None = None,
+    excess: Tensor | None = None,
     loss_type: str = "surrogate",
 ) -> PairLoss:
     r"""
     Diffusion-DPO's loss ([2311.12908](https://huggingface.co/papers/2311.12908), Eq. 14) of pairs within groups.
 
-    With margins \( m_i = d_i - d_i^{\mathrm{ref}} \) and scores \( s_{ij} = rac{eta}{2} (m_i - m_j) \),
-    `"logsigmoid"` is \( rac{1}{N} \sum_g rac{1}{P_g} \sum_{(w, l) \in g} -\log \sigma(-s_{wl}) \):
-    [`diffusion_dpo_loss`] of each pair, its mean over the \( P_g \) pairs of a group and then over groups. A group
-    without a pair adds 0, but is one of the N.
+    With the excess of an error over the reference's, \\( e_i = d_i - d_i^{\mathrm{ref}} \\), and scores \\( s_{ij} =
+    \frac{\beta}{2} (e_i - e_j) \\), `"logsigmoid"` is \\( \frac{1}{N} \sum_g \frac{1}{P_g} \sum_{(w, l) \in g} -\log
+    \sigma(-s_{wl}) \\): [`diffusion_dpo_loss`] of each pair, its mean over the \\( P_g \\) pairs of a group and then
+    over groups. A group without a pair adds 0, but is one of the N.
 
-    `"surrogate"` is \( rac{1}{N} \sum_g rac{1}{2} \sum_{i \in g} c_i d_i \), \( c_i = rac{1}{P_g} \sum_j
-    \pm\sigma(\pm s_{ij}) \) over i's pairs, with plus where i is preferred and minus where j is, and \( c_i \) held
-    constant. Its gradient is exactly \( 1 / eta \) times that of `"logsigmoid"`, as in [`dgpo_loss`], to which
+    `"surrogate"` is \\( \frac{1}{N} \sum_g \frac{1}{2} \sum_{i \in g} c_i d_i \\), \\( c_i = \frac{1}{P_g} \sum_j
+    \pm\sigma(\pm s_{ij}) \\) over i's pairs, with plus where i is preferred and minus where j is, and \\( c_i \\) held
+    constant. Its gradient is exactly \\( 1 / \beta \\) times that of `"logsigmoid"`, as in [`dgpo_loss`], to which
     both are equal for groups of two with advantages 1 and -1.
 
     The losses, objectives and gradients of parts of a group (micro-batches, processes) add up to those of the whole:
@@ -370,8 +370,8 @@ def pairwise_dpo_loss(
             Strength of the reference.
         num_groups (`int`, *optional*):
             N, groups without a pair included. The largest index plus 1 if not given.
-        margins (`torch.Tensor` of shape `(N, G)`, *optional*):
-            \( m \) of the whole groups, where `errors` may lack a member of a pair. If not given, those of the
+        excess (`torch.Tensor` of shape `(N, G)`, *optional*):
+            \\( e \\) of the whole groups, where `errors` may lack a member of a pair. If not given, those of the
             samples that are here.
         loss_type (`str`, *optional*, defaults to `"surrogate"`):
             `"surrogate"` or `"logsigmoid"`.
@@ -384,11 +384,11 @@ def pairwise_dpo_loss(
     """
     num_groups = _num_groups(group_index, None, num_groups)
     own = errors - reference_errors
-    if margins is None:
-        margins = own.new_zeros(num_groups, preferences.shape[1])
-        margins[group_index, number_in_group] = own.detach()
-    margins, preferences = margins.detach().to(errors.dtype), preferences.to(errors.dtype)
-    score = beta / 2 * (margins[group_index, number_in_group][:, None] - margins[group_index])
+    if excess is None:
+        excess = own.new_zeros(num_groups, preferences.shape[1])
+        excess[group_index, number_in_group] = own.detach()
+    excess, preferences = excess.detach().to(errors.dtype), preferences.to(errors.dtype)
+    score = beta / 2 * (excess[group_index, number_in_group][:, None] - excess[group_index])
     sign, weights = preferences.sign(), preferences.abs() / num_groups
     objective = (weights * F.softplus(sign * score)).sum() / 2  # -log sigmoid(-s) = softplus(s)
     if loss_type == "surrogate":
@@ -396,7 +396,7 @@ def pairwise_dpo_loss(
         loss = (coefficients * errors).sum() / 2
     elif loss_type == "logsigmoid":
         # Half of a pair's value, but the whole of the gradient that it has through this image: the other image's
-        # margin is a constant here, as this one's is in the other's row.
+        # excess is a constant here, as this one's is in the other's row.
         moving = (weights * F.softplus(sign * (score + beta / 2 * (own - own.detach())[:, None]))).sum()
         loss = moving - moving.detach() + objective
     else:

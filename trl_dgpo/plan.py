@@ -12,17 +12,18 @@ in the forward, 2 under autocast and else 4.
   copies that autocast makes.
 - **Data**: `x0` in float32 for each image of the round, conditioning for each prompt, one noise a group and level,
   and for the KL term one prediction an image and level of an optimiser step.
-- **A forward without gradient**, an image: what is alive in the last feed-forward, \( c W (12 N + 2 T) \), or in an
+- **A forward without gradient**, a row: what is alive in the last feed-forward, \( c W (12 N + 2 T) \), or in an
   attention, \( c W (7 N + 10 T) \) and under autocast \( W (4 N + 3 T) \), if that is more; \( 4 W J \) beside, \( 4
-  W N \) for a second attention, and the conditioning. Guidance makes two images of one.
-- **Saved activations**, an image and block, with a LoRA on the attention. Norms: \( 8 W J \). Projections: \( 2 c
+  W N \) for a second attention, and the conditioning. Guidance makes two rows of an image, in the update too where
+  the guided prediction is what is trained.
+- **Saved activations**, a row and block, with a LoRA on the attention. Norms: \( 8 W J \). Projections: \( 2 c
   W J \) for what goes into them (\( 4 c W J \) under autocast, which casts it anew for queries, keys and values)
   and \( 4 c r J \) inside the LoRA. Feed-forward: \( 4 c W J \). Attention: \( 4 c W J + 4 H J \), and for queries
   and keys before a norm of their own \( 8 W J \), 12 under autocast. The image's second attention in SD3.5-Medium
   saves once more what an attention does. A network that is trained as a whole saves 1.75 times as much. With gradient
   checkpointing each block saves \( c W J \), and one at a time the rest. At the sizes of SD3 and SD3.5 this is within
   3 % of a count layer by layer, and within 5 % for a whole network; a LoRA on other layers saves more.
-- **The backward's own**, an image: \( W (c (8 N + T) + 4 N + c T) \), the last two terms under autocast, and the
+- **The backward's own**, a row: \( W (c (8 N + T) + 4 N + c T) \), the last two terms under autocast, and the
   conditioning; less for a whole network.
 - **Decoding**, an image of a slice: three times the largest feature map that enters a block, in float32.
 - **An allowance** of 1 GiB for the CUDA context and a tenth of the rest for fragments and the workspaces of kernels.
@@ -304,7 +305,7 @@ def read_model(model: str | os.PathLike, args: Any, *, peft_config: LoraConfig |
         model (`str` or `os.PathLike`):
             Id on the Hub, folder of a pipeline or of a LoRA, or `"tiny"`.
         args ([`DGPOConfig`]):
-            Of which `model_init_kwargs`, `full_finetuning` and `max_sequence_length` are read.
+            Of which `model_init_kwargs`, `full_finetuning`, `default_lora` and `max_sequence_length` are read.
         peft_config (`~peft.LoraConfig`, *optional*):
             Adapter in place of the trainer's own.
 
@@ -342,7 +343,7 @@ def read_model(model: str | os.PathLike, args: Any, *, peft_config: LoraConfig |
     )
     if args.full_finetuning:
         return sizes
-    peft_config = copy.deepcopy(peft_config) or lora_config(SD3Backbone.LORA_TARGETS)
+    peft_config = copy.deepcopy(peft_config) or lora_config(SD3Backbone.LORA_TARGETS, **args.default_lora)
     peft_config.target_modules = peft_config.target_modules or list(SD3Backbone.LORA_TARGETS)
     peft_config.task_type, peft_config.inference_mode = None, False
     transformer.requires_grad_(False)
@@ -513,7 +514,7 @@ def _once_training(args: Any) -> tuple[str, ...]:
 
 def _views(sizes: ModelSizes, args: Any) -> list[str]:
     """Views that cost as much as the trained weights, by the trainer's rules; a new adapter's base costs nothing."""
-    reference = args.reference if args.has_gate else None
+    reference = args.reference if args.reads_reference else None
     kept = {
         "ema": args.save_ema or args.eval_strategy != "no" or args.num_log_images > 0,
         "old": args.clips_errors or args.old_policy_after is not None or reference == "old",
@@ -595,8 +596,9 @@ def _work_parts(sizes: ModelSizes, args: Any) -> Iterator[Part]:
     rows = min(max(batch * guided, sampled), _images(args) // args.updates_per_round * guided)
     yield of_rows("forward without gradient", rows, forward, "no-grad")
     saved = saved_bytes(sizes, *tokens, half=half, full=full, checkpointing=checkpointing)
-    yield of_rows("saved activations", batch, saved, "update", ", of one block at a time" * bool(checkpointing))
-    yield of_rows("backward's own", batch, backward_bytes(sizes, *tokens, half=half), "update")
+    learned = batch * _copies(args.train_guidance_scale)
+    yield of_rows("saved activations", learned, saved, "update", ", of one block at a time" * bool(checkpointing))
+    yield of_rows("backward's own", learned, backward_bytes(sizes, *tokens, half=half), "update")
 
 
 def _copies(guidance_scale: float) -> int:

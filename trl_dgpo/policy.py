@@ -61,9 +61,9 @@ def ema_decay(step: int) -> float:
     return min((1 + step) / (10 + step), 0.9)
 
 
-def lora_config(target_modules: tuple[str, ...]) -> LoraConfig:
-    """The LoRA of the authors' released code: rank 64, alpha 128, Gaussian start."""
-    return LoraConfig(r=64, lora_alpha=128, init_lora_weights="gaussian", target_modules=list(target_modules))
+def lora_config(target_modules: tuple[str, ...], *, r: int = 64, lora_alpha: int = 128) -> LoraConfig:
+    """The LoRA of the authors' released code, if no other numbers are given: rank 64, alpha 128, Gaussian start."""
+    return LoraConfig(r=r, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=list(target_modules))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,19 +8,26 @@ trainer that samples nothing itself.
 """
 
 import io
+import logging
 import os
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow
 import torch
 from PIL import Image, ImageOps
+from pyarrow import parquet
 from torch import Tensor
 
 from .rollout import Rollout, ScoredImages
 
 
+logger = logging.getLogger(__name__)
+
+_OWN = {"prompt", "image", "reward", "advantage", "group", "x0", "x0.shape", "round"}  # columns of a set of rounds
 _PREFIX = "conditioning."
 _PAIRS = {"caption", "jpg_0", "jpg_1", "label_0"}  # the columns of Pick-a-Pic that are read
 _GROUP_KEY = ("round", "group", "prompt")  # where one of them changes, a group ends
@@ -116,7 +123,64 @@ def from_dataset(dataset: datasets.Dataset) -> tuple[Rollout, list[str], Tensor]
     return rollout, [dataset[i]["prompt"] for i in starts], torch.stack(pictures)
 
 
-def rounds_to_dataset(rounds: list[ScoredImages]) -> datasets.Dataset:
+class RowColumns:
+    """
+    What a set of rounds keeps of the prompts' own rows: the same columns, of the same types, in every round.
+
+    Where the prompts are a `datasets.Dataset` its features say so, and every column is kept that is made of text,
+    numbers, truth values, dates, and lists and records of them. Elsewhere the first round says so: kept are the
+    columns in which it has text alone, numbers alone (as float64) or truth values alone, beside `None`. A value that
+    is missing in a row, or does not fit its column's type, is null. What is lost so is told in one warning a column,
+    but for what is empty; nothing is ever raised, since training is on its way.
+
+    Args:
+        features (`datasets.Features`, *optional*):
+            Columns of the prompts' data set, or of the set that is added to ([`RowColumns.of_file`]). Anything else,
+            which data sets of other libraries may have under this name, tells nothing.
+    """
+
+    def __init__(self, features: Any = None):
+        self._features: dict[str, Any] | None = None
+        if isinstance(features, datasets.Features):
+            self._features = {name: f for name, f in features.items() if name not in _OWN and _is_plain(f)}
+        self._told: set[str] = set()
+
+    @classmethod
+    def of_file(cls, path: Path) -> "RowColumns":
+        """The columns of a Parquet file that a set of rounds was written to."""
+        return cls(datasets.Features.from_arrow_schema(parquet.read_schema(path)))
+
+    def of(self, rows: list[dict[str, Any]]) -> datasets.Dataset | None:
+        """The columns of some rows, one row each; `None` if there are none."""
+        names = sorted({name for row in rows for name in row} - _OWN)
+        values = {name: [row.get(name) for row in rows] for name in names}
+        if self._features is None:
+            found = {name: _scalar_feature(column) for name, column in values.items()}
+            self._features = {name: feature for name, feature in found.items() if feature is not None}
+        lost = {name for name in names if name not in self._features and not all(map(_is_empty, values[name]))}
+        kept = []
+        for name, feature in self._features.items():
+            column = values.get(name, [None] * len(rows))
+            part = _column(name, column, feature)
+            if part is None:
+                fits = [_column(name, [value], feature) is not None for value in column]
+                if not all(fit or _is_empty(value) for fit, value in zip(fits, column, strict=True)):
+                    lost.add(name)
+                column = [value if fit else None for fit, value in zip(fits, column, strict=True)]
+                part = _column(name, column, feature)
+            kept.append(part)
+        if new := sorted(lost - self._told):
+            self._told |= lost
+            logger.warning(
+                "The rollout set leaves out the columns %s of the prompts, or some of their values: it keeps text and "
+                "numbers, of one type through all rounds. Give the prompts as a `datasets.Dataset`, whose features "
+                "tell the types.",
+                new,
+            )
+        return datasets.concatenate_datasets(kept, axis=1) if kept else None
+
+
+def rounds_to_dataset(rounds: list[ScoredImages], columns: RowColumns | None = None) -> datasets.Dataset:
     """
     Whole rounds, one after the other, as a data set to train on offline.
 
@@ -125,22 +189,22 @@ def rounds_to_dataset(rounds: list[ScoredImages]) -> datasets.Dataset:
     Args:
         rounds (`list[ScoredImages]`):
             At least one, with their `x0`.
+        columns ([`RowColumns`], *optional*):
+            What is kept of the prompts' rows. The same object must be given for all rounds of one set. As the first of
+            these rounds says if not given.
 
     Returns:
         `datasets.Dataset` with the columns of [`to_dataset`], `round`, and the columns that the prompts' data set had
         beside `prompt`, where they have not one of these names, for rewards to read when they score the pictures anew.
     """
-    parts = []
+    columns, parts = columns or RowColumns(), []
     for scored in rounds:
         rollout = Rollout(scored.x0, {}, scored.rewards, scored.advantages, scored.group_index)
         first = torch.searchsorted(scored.group_index, rollout.groups).tolist()
         part = to_dataset(rollout, [scored.rows[i]["prompt"] for i in first], scored.images)
         part = part.add_column("round", [scored.round] * len(part))
-        for name in sorted(scored.rows[0].keys() - set(part.column_names)):
-            values = [row[name] for row in scored.rows]
-            if any(value is not None and value != {} for value in values):  # of nothing there is no type to write
-                part = part.add_column(name, values)
-        parts.append(part)
+        of_rows = columns.of(scored.rows)
+        parts.append(part if of_rows is None else datasets.concatenate_datasets([part, of_rows], axis=1))
     return datasets.concatenate_datasets(parts)
 
 
@@ -201,10 +265,10 @@ class SavedGroups:
     - A rollout set: `prompt` and `image`, with `reward` or `group` or both, as [`to_dataset`] writes it, as another
       model made it, or by hand. Consecutive rows of one prompt and one number in `group` (and in `round`, if there is
       such a column) are a group. `x0` may be missing; `advantage` and `conditioning.*` are not read, since both are
-      the trainer's own business.
+      the trainer's own business. Of sets that are put together the `round`s must be numbered on.
     - Pairs in Pick-a-Pic's columns: `caption`, `jpg_0`, `jpg_1`, `label_0` (1 where the first is preferred, 0 where
       the second is, 0.5 for a tie). A row is a group of two with rewards `label_0` and `label_1`, or 1 - `label_0`
-      without that column. Where `has_label` is there and false, the rewards are `NaN`.
+      without that column. Where `has_label` is there and false, the rewards are `NaN`. A column `prompt` is not read.
     - Pictures with captions: `prompt` and `image`, without `reward` and `group`. A row is a group of one.
 
     Only columns of numbers and text are read to find the groups, no picture is.
@@ -225,7 +289,8 @@ class SavedGroups:
 
     Raises:
         `TypeError`: if `dataset` is not a `datasets.Dataset`.
-        `ValueError`: if it is of none of these kinds, is empty, or has a label outside of [0, 1].
+        `ValueError`: if it is of none of these kinds, is empty, has a label outside of [0, 1], or if the rows of a
+            numbered group do not stand together.
     """
 
     def __init__(self, dataset: datasets.Dataset):
@@ -247,7 +312,7 @@ class SavedGroups:
         self._dataset = dataset
         self.rewards = self._read_rewards(columns)
         if self.is_pairs:
-            own = {column for column in columns if column.startswith(("jpg_", "label_"))} | {"caption"}
+            own = {column for column in columns if column.startswith(("jpg_", "label_"))} | {"caption", "prompt"}
             self.sizes = torch.full((len(dataset),), 2)
         else:
             own = {"image", "reward", "advantage", "x0", "x0.shape", *_GROUP_KEY}
@@ -277,6 +342,11 @@ class SavedGroups:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @property
+    def features(self) -> datasets.Features:
+        """Types of what a group's row has."""
+        return self._rows.features
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`prompt` of a group, and what its first row has in columns that are not named above."""
@@ -326,12 +396,20 @@ class SavedGroups:
     def _group_starts(self, columns: set[str]) -> list[int]:
         # As Arrow's own arrays and chunk by chunk, a million rows take a second and not a minute.
         keys = [column for column in _GROUP_KEY if column in columns]
-        light, starts, before = self._dataset.select_columns(keys).with_format("arrow"), [], None
+        light, starts, before, seen = self._dataset.select_columns(keys).with_format("arrow"), [], None, set()
         for first in range(0, len(light), 10_000):
             table = light[first : first + 10_000]
             for row, key in enumerate(zip(*(table[name].to_pylist() for name in keys), strict=True), start=first):
                 if key != before:
                     starts.append(row)
+                    if "group" in columns and key in seen:
+                        sort = [name for name in keys if name != "prompt"]
+                        raise ValueError(
+                            f"The rows of a group of `train_dataset` do not stand together: {dict(zip(keys, key))} "
+                            f"comes again in row {row}. If the set was shuffled, undo it with `dataset.sort({sort})`; "
+                            "if several were put together, number the `round`s of the later ones on."
+                        )
+                    seen.add(key)
                 before = key
         return starts
 
@@ -389,6 +467,43 @@ def fitted(picture: Image.Image, height: int, width: int) -> Tensor:
     if picture.size != (width, height):
         picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _column(name: str, values: list[Any], feature: Any) -> datasets.Dataset | None:
+    """A column of a type; `None` if its values do not fit it."""
+    try:
+        return datasets.Dataset.from_dict({name: values}, features=datasets.Features({name: feature}))
+    except (TypeError, ValueError, AttributeError, OverflowError, pyarrow.ArrowException):
+        return None
+
+
+def _is_plain(feature: Any) -> bool:
+    """Whether a column's type is of text and numbers, and of lists and records of them."""
+    if isinstance(feature, dict):
+        return bool(feature) and all(map(_is_plain, feature.values()))
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return _is_plain(feature.feature)
+    return isinstance(feature, datasets.Value | datasets.ClassLabel)
+
+
+def _scalar_feature(values: list[Any]) -> datasets.Value | None:
+    """Type of a column that no data set tells the type of; `None` if it is empty, mixed, or no text or number."""
+    kinds = {
+        "bool"
+        if isinstance(value, bool)
+        else "float64"
+        if isinstance(value, Real)
+        else isinstance(value, str) and "string"
+        for value in values
+        if not _is_empty(value)
+    }
+    return datasets.Value(kinds.pop()) if len(kinds) == 1 and False not in kinds else None
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, Real):
+        return value != value  # NaN: what numpy has for a missing number
+    return value is None or (isinstance(value, dict | list | tuple) and not value)
 
 
 def _picture(image: Any) -> Image.Image:

@@ -198,8 +198,11 @@ def test_flow_grpo_is_the_authors():
     named |= {"kl_coef": 0.04, "scale_rewards": "batch", "noise_level": 0.7, "num_train_timesteps": 9, "t_min": 0.0}
     named |= {"sample_num_steps": 10, "sample_guidance_scale": 4.5, "sigmas": "model", "learning_rate": 3e-4}
     assert {name: getattr(args, name) for name in named} == named
-    _, fast, _ = read("sd35_flow_grpo", "--num_sde_steps", "2", "--sample_guidance_scale", "1")
-    assert (fast.num_train_timesteps, fast.reference_guidance_scale) == (2, 1.0)
+    header = RECIPES["sd35_flow_grpo"].read_text()
+    words = next(line for line in header.splitlines() if "--num_sde_steps" in line).split("... ")[1].split()
+    _, fast, _ = read("sd35_flow_grpo", *words)
+    assert (fast.num_train_timesteps, fast.reference_guidance_scale, fast.clip_range) == (3, 1.0, 1e-5)
+    assert (fast.kl_coef, fast.noise_level, fast.t_min) == (0.0, 0.8, 0.5)
 
 
 def test_pairs_of_people_need_no_reward():

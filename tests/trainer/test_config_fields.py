@@ -124,5 +124,6 @@ def test_help_renders(cls):
 )
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_a_choice_that_there_is_not_is_refused(tmp_path, cls, name):
+    given = {"loss_type": cls._loss_types[0], "num_generations": cls.num_generations, name: "nonsense"}
     with pytest.raises(ValueError, match=f"`{name}` is 'nonsense'.* must be"):
-        tiny_config(tmp_path, cls, **{"loss_type": cls._loss_types[0], name: "nonsense"})
+        tiny_config(tmp_path, cls, **given)

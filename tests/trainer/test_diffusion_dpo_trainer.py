@@ -67,10 +67,10 @@ def by_hand(trainer) -> dict:
                 reference_velocity = transformer(**inputs, return_dict=False)[0]
             reference_errors = (reference_velocity - (noise - x0)).square().mean((1, 2, 3))
             for w, l in pairs:  # noqa: E741
-                margin = (errors[w] - reference_errors[w]) - (errors[l] - reference_errors[l])
-                score = args.beta / 2 * margin
+                excess = errors - reference_errors
+                score = args.beta / 2 * (excess[w] - excess[l])
                 scores.append(score.item())
-                # log(1 + exp(s)) and, for the surrogate, half its slope in the margin
+                # log(1 + exp(s)) and, for the surrogate, half its slope
                 value = (1 + score.exp()).log()
                 if args.loss_type == "surrogate":
                     value = score.detach().sigmoid() / 2 * (errors[w] - errors[l])
@@ -121,7 +121,7 @@ def test_gradient_is_the_definitions_whatever_the_micro_batches(tmp_path, batch_
     assert log["rewards/margins"] == pytest.approx(-scores.mean().item(), rel=1e-3)
 
 
-def no_margins_of_others(trainer):
+def no_excess_of_others(trainer):
     whole = trainer._whole_scores
     trainer._whole_scores = lambda *args: (torch.zeros_like(whole(*args)[0]), None)
 
@@ -131,16 +131,15 @@ def better_images_only(trainer):
     trainer._moves = lambda rollout: moves(rollout) & (rollout.advantages > 0)
 
 
-@pytest.mark.parametrize("fault", [no_margins_of_others, better_images_only])
+@pytest.mark.parametrize("fault", [no_excess_of_others, better_images_only])
 def test_that_comparison_finds_planted_faults(tmp_path, fault):
     _, gradient, hand = first_step(tmp_path, per_device_train_batch_size=2, fault=fault)
     assert relative_error(gradient, hand["gradient"]) > 1e-2
 
 
-@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
-def test_logsigmoid_has_beta_times_the_surrogates_gradient(tmp_path, kl_coef):
-    _, small, _ = first_step(tmp_path, kl_coef=kl_coef)
-    _, large, _ = first_step(tmp_path, kl_coef=kl_coef, loss_type="logsigmoid")
+def test_the_kl_term_weighs_alike_with_either_loss(tmp_path):
+    _, small, _ = first_step(tmp_path, kl_coef=0.1)
+    _, large, _ = first_step(tmp_path, kl_coef=0.1, loss_type="logsigmoid")
     assert relative_error(large, {name: ACTIVE["beta"] * slope for name, slope in small.items()}) < 1e-5
 
 
@@ -161,17 +160,6 @@ def test_groups_of_two_are_dgpos(tmp_path, loss_type):
 class _WithoutEpsilon(DGPOTrainer):
     def _advantages(self, rewards, group_index):
         return super()._advantages(rewards, group_index).sign()
-
-
-def test_other_rewards_turn_the_gradient_round_at_the_reference(tmp_path):
-    def gradient_of(*rewards):
-        kept = Gradient()
-        config = {**ACTIVE, "callbacks": [kept], "reward_funcs": rewards_by_position(*rewards)}
-        tiny_trainer(tmp_path, DiffusionDPOTrainer, **config).train()  # a fresh LoRA: the policy is the reference
-        return kept.value
-
-    turned = gradient_of(*[-reward for reward in REWARDS])
-    assert relative_error({name: -slope for name, slope in turned.items()}, gradient_of(*REWARDS)) < 1e-6
 
 
 def test_a_failed_sample_acts_as_if_it_had_not_been_drawn(tmp_path):
@@ -380,15 +368,10 @@ def test_defaults(tmp_path):
     ("config", "message"),
     [
         ({"pair_selection": "best"}, "`pair_selection` is 'best'; it must be one of 'max', 'min', 'all'"),
-        ({"scale_rewards": "batch"}, "`scale_rewards` is 'batch', but has no meaning in Diffusion-DPO"),
-        ({"scale_rewards": False}, "`scale_rewards` is 'none', but has no meaning"),
-        ({"advantage_clip": 5.0}, "`advantage_clip` is 5.0, but has no meaning"),
-        ({"clip_range": 1e-3}, "`clip_range` is 0.001, but has no meaning"),
-        ({"recenter_clipped": True}, "`recenter_clipped` is True, but has no meaning"),
-        ({"loss_type": "linear"}, "`loss_type` is 'linear'; it must be one of 'surrogate', 'logsigmoid'"),
+        ({"scale_rewards": False}, "`scale_rewards` is 'none'; in `DiffusionDPOConfig` it must be 'group': rewards"),
     ],
 )
-def test_what_has_no_meaning_is_told(tmp_path, config, message):
+def test_what_does_not_fit_is_told(tmp_path, config, message):
     with pytest.raises(ValueError, match=message):
         DiffusionDPOConfig(output_dir=str(tmp_path), use_cpu=True, **config)
 

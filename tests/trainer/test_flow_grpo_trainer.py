@@ -1,10 +1,19 @@
 """Flow-GRPO: the steps of the rollouts are what is learned from, and their probabilities are those of the Gaussian."""
 
+import dataclasses
+import itertools
+import json
 import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
+from tiny_models import tiny_random_pipeline
 from tiny_trainers import (
     Gradient,
     brightness,
@@ -232,6 +241,30 @@ def test_a_round_keeps_the_steps_and_not_more(tmp_path):
     torch.testing.assert_close(record.x0, latents, rtol=0, atol=2e-5)
 
 
+def test_a_round_has_the_memory_of_the_last_and_is_copied_nowhere(tmp_path):
+    def looks(images, **kwargs):
+        seen.append((trainer.buffer.round, trainer._visited.latents, trainer._visited.log_probs))
+        return brightness(images)
+
+    seen = []
+    trainer = flow_trainer(tmp_path, max_steps=2, reward_funcs=looks, sample_batch_size=3)
+    trainer.train()
+    record = trainer.buffer.record
+    assert [round for round, *_ in seen] == [None, None]  # while the second is sampled the first is gone
+    assert record.latents is seen[1][1]
+    assert record.log_probs is seen[1][2]
+
+
+def test_a_round_that_fails_leaves_nothing(tmp_path):
+    def fails(images, **kwargs):
+        raise KeyboardInterrupt
+
+    trainer = flow_trainer(tmp_path, reward_funcs=fails)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not hasattr(trainer, "_visited")
+
+
 def test_where_the_window_stands(tmp_path):
     trainer = flow_trainer(tmp_path, sample_num_steps=8, num_sde_steps=2)
     drawn = [tuple(trainer._stochastic_steps(round)) for round in range(60)]
@@ -267,6 +300,23 @@ def test_each_pass_draws_its_own_steps(tmp_path):
     assert len({tuple(steps) for steps in passes}) > 1
 
 
+def test_the_passes_of_a_round_train_every_step_before_any_again(tmp_path):
+    trainer = flow_trainer(tmp_path, sample_num_steps=10, num_train_timesteps=1, sample_batch_size=16)
+    trainer._roll_out(0)
+    for count, round in itertools.product((1, 2, 3, 4, 6, 9), range(3)):
+        trainer.args.num_train_timesteps, times = count, torch.zeros(9)
+        for iteration in range(9):
+            steps = trainer._draw_steps(round, iteration)
+            assert len(set(steps)) == count
+            assert trainer._draw_levels(round, iteration) == trainer.backbone.sigmas(10)[steps].tolist()
+            times[steps] += 1
+            # A pass that ends one walk and begins the next must not have a step twice, which then comes later.
+            assert times.max() - times.min() <= (1 if 9 % count == 0 else 2)
+        assert times.sum() == 9 * count
+    orders = [tuple(trainer._draw_steps(round, 0)) for round in range(9)]
+    assert len(set(orders)) > 1
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +350,43 @@ def test_resumed_within_a_round_is_never_stopped(tmp_path):
         assert same(everything(trainer), expected), step
 
 
+# -- several processes ------------------------------------------------------------------------------------------------
+
+# Groups and images of a micro-batch. Of 3 groups, two processes have a half of the second each.
+SHARED = [(3, 6), (3, 3), (4, 8)]
+
+
+def of_a_split(directory, groups, batch):
+    from test_splits import MASKED, active_trainer, table
+
+    gradient = Gradient()
+    config = {"method": "FlowGRPO", "kl_coef": 0.5, "sample_num_steps": 4, "timestep_sampling": "grid"}
+    config |= {"scale_rewards": "batch", "updates_per_round": 1, "rewards": table(g1=MASKED)}
+    trainer = active_trainer(directory, groups, batch, callbacks=[gradient], **config)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    return gradient.value, {name: log[name] for name in ("loss", "kl", "ratio_mean", "reward")}
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_group_have_the_gradient_of_one(tmp_path):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number, (groups, _) in enumerate(SHARED):
+        whole, whole_log = of_a_split(tmp_path, groups, 4 * groups)
+        assert any(value.abs().max() > 0 for value in whole.values())
+        for rank in range(2):
+            gradient, log = torch.load(tmp_path / f"{rank}.pt", weights_only=True)[number]
+            gradient = {name.removeprefix("module."): value for name, value in gradient.items()}
+            assert relative_error(gradient, whole) < 1e-5
+            assert log == pytest.approx(whole_log, rel=1e-4, abs=1e-6)
+
+
 # -- what a user finds ------------------------------------------------------------------------------------------------
 
 
@@ -331,13 +418,8 @@ def test_a_user_finds_the_same_trainer(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"sampler": "dpm"}, "`sampler` is 'dpm'; for Flow-GRPO it must be 'sde'"),
-        ({"loss_type": "surrogate"}, "`loss_type` is 'surrogate'; for Flow-GRPO it must be 'ppo'"),
-        ({"beta": 0.04}, "`beta` is 0.04; for Flow-GRPO it must be 100.0: .* the KL weight is `kl_coef`"),
-        ({"reference": "old"}, "`reference` is 'old'"),
-        ({"shared_noise": False}, "`shared_noise` is False"),
-        ({"timestep_sampling": "continuous"}, "`timestep_sampling` is 'continuous'"),
-        ({"prompt_dropout": 0.1}, "`prompt_dropout` is 0.1"),
+        ({"sampler": "dpm"}, "`sampler` is 'dpm'; in `FlowGRPOConfig` it must be 'sde'"),
+        ({"beta": 0.04}, "`beta` is 0.04; .* must be 100.0: .* the KL weight is `kl_coef`"),
         ({"reference_guidance_scale": 4.5}, r"`reference_guidance_scale` is 4.5; .* `sample_guidance_scale` \(1.0\)"),
         ({"sde_window": "first"}, "`sde_window` is 'first'; it must be one of 'random', 'sliding'"),
         ({"noise_level": 0.0}, "`noise_level` is 0.0; it must be above 0"),
@@ -345,6 +427,12 @@ def test_a_user_finds_the_same_trainer(tmp_path):
         ({"num_sde_steps": 4}, r"`num_sde_steps` is 4; of `sample_num_steps` \(4\) .* in 1..3"),
         ({"num_train_timesteps": 4}, r"`num_train_timesteps` \(4\) is more than the 3 stochastic steps"),
         ({"num_sde_steps": 1}, r"`num_train_timesteps` \(2\) is more than the 1 stochastic steps"),
+        (
+            {"num_train_timesteps": None, "t_min": 0.4},
+            "`t_min` is 0.4 .* Set `num_train_timesteps` .* `num_sde_steps`",
+        ),
+        ({"num_train_timesteps": None, "t_max": 0.9}, "`t_max` 0.9, which leave out some of the steps"),
+        ({"merge_adapter": True, "bf16": True}, "`merge_adapter` is on in bf16, where a merged weight is rounded"),
     ],
 )
 def test_options_without_sense(tmp_path, config, message):
@@ -363,6 +451,20 @@ def test_a_finished_configuration_can_be_copied(tmp_path):
     config = FlowGRPOConfig(output_dir=str(tmp_path), use_cpu=True)
     names = ("output_dir", "use_cpu", "num_train_timesteps", "sampler", "loss_type", "reference_guidance_scale")
     assert FlowGRPOConfig(**{name: getattr(config, name) for name in names}).num_train_timesteps == 9
+    unguided = dataclasses.replace(pickle.loads(pickle.dumps(config)), sample_guidance_scale=1.0)
+    assert (unguided.sample_guidance_scale, unguided.reference_guidance_scale) == (1.0, 1.0)
+    assert json.loads(config.to_json_string())["reference_guidance_scale"] == 4.5
+    with pytest.raises(ValueError, match=r"`reference_guidance_scale` is 3\.0"):
+        dataclasses.replace(config, reference_guidance_scale=3.0)
+    band = FlowGRPOConfig(output_dir=str(tmp_path), use_cpu=True, num_sde_steps=2, t_min=0.5)
+    assert band.num_train_timesteps == 2
+
+
+def test_weights_that_merging_would_round(tmp_path):
+    pipeline = tiny_random_pipeline()
+    pipeline.transformer.bfloat16()
+    with pytest.raises(ValueError, match="`merge_adapter` is on, and merging rounds the weights"):
+        flow_trainer(tmp_path, model=pipeline, merge_adapter=True)
 
 
 def test_saved_pictures_have_no_steps(tmp_path):
@@ -370,3 +472,9 @@ def test_saved_pictures_have_no_steps(tmp_path):
     saved = trainer.collect_rollouts(1)
     with pytest.raises(ValueError, match="Flow-GRPO learns from the course of its own sampling"):
         flow_trainer(tmp_path, train_dataset=saved)
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    found = [of_a_split(directory, *split) for split in SHARED]
+    torch.save(found, directory / f"{os.environ['RANK']}.pt")

@@ -5,11 +5,13 @@ Offline: a saved round teaches what the round taught, whoever made it, and no re
 offline is the first round online.
 """
 
+import gc
 import io
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import datasets
@@ -29,6 +31,7 @@ from tiny_trainers import (
     tiny_trainer,
     weights,
 )
+from transformers import TrainerCallback
 
 from trl_dgpo import DGPOTrainer, GPOTrainer
 from trl_dgpo.rollout_dataset import SavedGroups, to_dataset
@@ -87,6 +90,7 @@ def test_a_saved_round_teaches_what_the_round_taught(tmp_path, saved, trainer_cl
 
 def test_the_set_is_of_the_policy_as_it_is(tmp_path, saved):
     trainer, _ = train(tmp_path, max_steps=2, num_iterations=1)
+    assert trainer.state.global_step >= trainer.args.old_policy_after  # rollouts of training are the old policy's
     assert not same_images(trainer.collect_rollouts(2), saved)
     fresh = tiny_trainer(tmp_path, **CONFIG)
     assert not same_images(fresh.collect_rollouts(2), saved)
@@ -95,6 +99,43 @@ def test_the_set_is_of_the_policy_as_it_is(tmp_path, saved):
     assert same_images(fresh.collect_rollouts(2), saved)
     assert same(weights(fresh), before)
     assert fresh.buffer.round is None
+    with torch.no_grad():
+        for name, weight in trainer.policy.tensors().items():
+            weight.copy_(before[name])
+    assert same_images(trainer.collect_rollouts(2), saved)
+
+
+def test_training_goes_on_as_if_nothing_had_been_collected(tmp_path):
+    class Collect(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            self.rows = len(trainer.collect_rollouts(1))
+
+    expected, _ = train(tmp_path / "without", max_steps=5)
+    trainer = tiny_trainer(tmp_path / "with", callbacks=[collect := Collect()], **{**CONFIG, "max_steps": 5})
+    scramble(trainer)
+    trainer.train()
+    assert collect.rows == 16
+    assert same(everything(trainer), everything(expected))
+    for log, other in zip(trainer.state.log_history, expected.state.log_history, strict=True):
+        assert log.keys() == other.keys()
+        assert all(log[name] == other[name] for name in log if not name.startswith(("time/", "train_")))
+
+
+def test_one_round_at_a_time_is_in_memory(tmp_path, monkeypatch):
+    seen, whole_round = [], dgpo_trainer.whole_round
+
+    def watched(scored):
+        gc.collect()
+        assert all(reference() is None for reference in seen)
+        whole = whole_round(scored)
+        seen.extend(weakref.ref(part) for part in (scored, whole, whole.images, whole.x0))
+        return whole
+
+    monkeypatch.setattr(dgpo_trainer, "whole_round", watched)
+    dataset = tiny_trainer(tmp_path).collect_rollouts(3)
+    assert len(seen) == 12
+    assert dataset["round"][:] == [round for round in range(3) for _ in range(16)]
+    assert len(dataset.cache_files) == 3  # on the disk
 
 
 def same_images(a: datasets.Dataset, b: datasets.Dataset) -> bool:
@@ -172,6 +213,26 @@ def test_pairs_are_groups_of_two_with_advantages_of_one(tmp_path, caplog):
     told = [message for message in caplog.messages if "scaled and cut" in message]
     assert len(told) == 1  # not in every round
     assert "to 32 x 32, the first from 48 x 40" in told[0]
+
+
+def test_what_is_trained_on_is_told(tmp_path, saved, caplog):
+    caplog.set_level("INFO", logger="trl_dgpo")
+
+    def told(**given) -> list[tuple[str, str]]:
+        caplog.clear()
+        tiny_trainer(tmp_path, **given)
+        return [(r.levelname, r.getMessage()) for r in caplog.records if r.name.endswith("dgpo_trainer")]
+
+    assert told(train_dataset=saved, reward_funcs=None) == [
+        ("INFO", "Training on 8 saved groups of 4 images, with their own rewards; nothing is sampled.")
+    ]
+    [(level, message)] = told(train_dataset=saved, num_generations=2)
+    assert level == "WARNING"
+    assert "8 saved groups of 4 images, of which the first 2 are taken, with rewards computed anew" in message
+    [(level, message)] = told(train_dataset=saved.select_columns(["prompt", "image"]))
+    assert level == "WARNING"
+    assert "Images are sampled for them" in message
+    assert told() == []
 
 
 def test_of_larger_groups_the_first_images_are_taken(tmp_path, saved):
@@ -263,8 +324,9 @@ class TestWhatDoesNotFitIsToldBeforeTheModelIsLoaded:
         [
             (lambda d: d, {"num_generations": 6}, "`num_generations` is 6, and 8 of the 8 groups .* 4 to 4 images"),
             (lambda d: d.select(range(30)), {}, "`num_generations` is 4, and 1 of the 8 groups .* 2 to 4 images"),
-            (lambda d: d.remove_columns("reward"), {}, "pictures without rewards: .* Add a column `reward`"),
-            (lambda d: d.select_columns(["prompt", "image"]), {}, "pictures without rewards"),
+            (lambda d: d.remove_columns("reward"), {}, "without rewards: .* Add a column `reward`, or give `reward_"),
+            (lambda d: d.select_columns(["prompt", "image"]), {}, "without rewards: .* Add the columns `reward` and"),
+            (lambda d: d.shuffle(seed=0), {}, "do not stand together"),
             (lambda d: d, {"reward_weights": [1.0]}, "`reward_weights` is .* no `reward_funcs`"),
         ],
     )
@@ -280,8 +342,11 @@ class TestWhatDoesNotFitIsToldBeforeTheModelIsLoaded:
         class OnlineTrainer(DGPOTrainer):
             _trains_offline = False
 
-        with pytest.raises(ValueError, match="DGPO learns from the course of its own sampling"):
+        message = r"DGPO learns from the course of its own sampling. Give prompts, with `dataset.select_columns\(\['"
+        with pytest.raises(ValueError, match=message + r"prompt'\]\)`"):
             tiny_trainer(tmp_path, OnlineTrainer, model="not loaded", train_dataset=saved)
+        with pytest.raises(ValueError, match=message + r"caption'\]\).rename_column\('caption', 'prompt'\)`"):
+            tiny_trainer(tmp_path, OnlineTrainer, model="not loaded", train_dataset=pair_set(["a"], [1.0]))
 
 
 def test_prompts_that_come_with_a_picture_are_prompts_where_there_are_rewards(tmp_path, saved):
@@ -306,6 +371,7 @@ def test_collecting_needs_prompts_and_rounds(tmp_path, saved):
         tiny_trainer(tmp_path, train_dataset=saved, reward_funcs=None).collect_rollouts(1)
 
 
+@pytest.mark.slow
 def test_two_processes_collect_and_learn_what_one_does(tmp_path, saved):
     saved.save_to_disk(tmp_path / "set")
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -327,6 +393,10 @@ def test_two_processes_collect_and_learn_what_one_does(tmp_path, saved):
     assert torch.allclose(torch.tensor(collected["x0"][:]), torch.tensor(saved["x0"][:]), atol=1e-5)
     kept = datasets.load_dataset("parquet", data_files=str(tmp_path / "kept" / "*.parquet"), split="train")
     assert kept["x0"][:] == collected["x0"][:16]
+    # What the main process alone could not write is told to the other one, which would wait for it.
+    first, second = ((tmp_path / f"error-{rank}").read_text() for rank in range(2))
+    assert first.startswith("NotADirectoryError")
+    assert second == f"RuntimeError: A callback failed in 1 of 2 processes. process 0: {first}"
 
 
 def two_processes(directory: Path) -> None:
@@ -353,6 +423,11 @@ def two_processes(directory: Path) -> None:
             {name.removeprefix("module."): value for name, value in gradient.value.items()}, directory / "gradient.pt"
         )
         (directory / "read.json").write_text(json.dumps(read))
+    no_folder = SaveRolloutsCallback(directory / "read.json" / "kept")
+    try:
+        tiny_trainer(directory / "fail", callbacks=[no_folder], **CONFIG).train()
+    except (OSError, RuntimeError) as error:
+        (directory / f"error-{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -313,7 +313,7 @@ class DiffusionTrainer(_BaseTrainer):
         elif args.full_finetuning:
             return None
         else:
-            peft_config = copy.deepcopy(peft_config) or lora_config(self.backbone.LORA_TARGETS)
+            peft_config = copy.deepcopy(peft_config) or lora_config(self.backbone.LORA_TARGETS, **args.default_lora)
             peft_config.target_modules = peft_config.target_modules or list(self.backbone.LORA_TARGETS)
         peft_config.task_type = None  # TRL's own `get_peft_config` says CAUSAL_LM, which PEFT takes at its word
         peft_config.base_model_name_or_path = None
@@ -368,7 +368,7 @@ class DiffusionTrainer(_BaseTrainer):
         return scorer(images, [row["prompt"] for row in rows], columns, trainer_state=self.state, **options)
 
     @contextmanager
-    def _raising_together(self) -> Iterator[None]:
+    def _raising_together(self, what: str = "Scoring") -> Iterator[None]:
         """What is raised in here by one process is told to all, which would wait for it at the next gathering."""
         if self.args.world_size == 1:
             yield
@@ -382,7 +382,7 @@ class DiffusionTrainer(_BaseTrainer):
         if error is not None:
             raise error
         if others := [f"process {rank}: {text}" for rank, text in enumerate(told) if text is not None]:
-            raise RuntimeError(f"Scoring failed in {len(others)} of {len(told)} processes. " + "; ".join(others))
+            raise RuntimeError(f"{what} failed in {len(others)} of {len(told)} processes. " + "; ".join(others))
 
     def _gather(self, values: Tensor) -> Tensor:
         # One process keeps its float64, which not every device has.

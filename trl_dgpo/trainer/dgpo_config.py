@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from trl.trainer.base_config import _BaseConfig
@@ -41,7 +41,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             `datasets`, where a later run finds them. 1.7 MB a prompt for SD3.5 in bfloat16. With several processes one
             encodes and the others wait: `ddp_timeout` must be longer than that takes.
         decode_batch_size (`int`, *optional*):
-            Images decoded at a time: as many as make two megapixels if not set.
+            Images decoded at a time, and saved pictures encoded: as many as make two megapixels if not set.
         vae_tiling (`bool`, *optional*, defaults to `False`):
             Decode in overlapping tiles, for images beyond what the device decodes whole. Tiles change pixels a little.
         offload_reference (`bool`, *optional*, defaults to `False`):
@@ -149,7 +149,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             ablation.
         timestep_sampling (`str`, *optional*, defaults to `"grid"`):
             `"grid"`: drawn without replacement from the rollout's own levels (the released code). `"continuous"`:
-            uniform in [t_min, 1], then shifted (the paper).
+            uniform in [t_min, t_max], then shifted (the paper, whose largest is 1).
         prompt_dropout (`float`, *optional*, defaults to `0.0`):
             Probability that a group is trained with the negative prompt in a pass. The paper has 0.05.
 
@@ -224,7 +224,8 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             Rows of the printed table, `None` for all.
 
     Raises:
-        `ValueError`: for numbers that do not fit one another, with the nearest ones that do.
+        `ValueError`: for a value that there is not, and for numbers that do not fit one another, with the nearest ones
+        that do.
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
@@ -273,7 +274,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         default=False, metadata={"help": "Encode all prompts before training and keep the embeddings on disk."}
     )
     decode_batch_size: int | None = field(
-        default=None, metadata={"help": "Images decoded at a time, two megapixels of them if not set."}
+        default=None, metadata={"help": "Images decoded or encoded at a time, two megapixels of them if not set."}
     )
     vae_tiling: bool = field(default=False, metadata={"help": "Decode in overlapping tiles."})
     offload_reference: bool = field(
@@ -396,10 +397,18 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         default=16, metadata={"help": "Rows of the printed table, all if None."}
     )
 
-    _loss_types = ("surrogate", "logsigmoid")
+    _loss_types: ClassVar[tuple[str, ...]] = ("surrogate", "logsigmoid")
+    # Fields in which a method has nothing to choose, and why: what differs from their defaults is refused.
+    _fixed: ClassVar[dict[str, str]] = {}
+    # What the default LoRA has in place of `lora_config`'s own numbers.
+    default_lora: ClassVar[dict[str, int]] = {}
+    # Whether `clip_range` is PPO's.
+    clips_likelihoods: ClassVar[bool] = False
 
     def __post_init__(self):
         resolve_names(self)
+        if self.learning_rate is None:
+            self.learning_rate = self._default_learning_rate
         if self.bf16 is None and not self.fp16:
             # TRL's default of bf16 everywhere raises on machines that have none; there we train in float32.
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -407,6 +416,8 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         self.clip_range = None if self.clip_range == 0 else self.clip_range
         self.advantage_clip = None if self.advantage_clip == 0 else self.advantage_clip
         self.old_policy_after = None if self.old_policy_after == -1 else self.old_policy_after
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, str(self.scale_rewards).lower())
+        self.scale_rewards = {"true": "group", "false": "none"}.get(self.scale_rewards, self.scale_rewards)
         if self.width is None:
             self.width = self.resolution
         if (self.load_best_model_at_end or self.save_strategy == "best") and self.metric_for_best_model is None:
@@ -414,6 +425,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         if self.activation_checkpointing is None:
             # Its old name, in which TRL's default stands, warns.
             self.activation_checkpointing = self.gradient_checkpointing
+        self._check_fixed()
         self._check_objective()
         self._check_rollouts()
         given_accumulation, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1
@@ -441,7 +453,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         return self.resolution
 
     @property
-    def has_gate(self) -> bool:
+    def reads_reference(self) -> bool:
         """Whether the loss reads the reference's errors."""
         return True
 
@@ -454,6 +466,11 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     def latents_per_image(self) -> int:
         """Latents that the record of a round keeps of each image."""
         return 1
+
+    @property
+    def train_guidance_scale(self) -> float:
+        """Guidance of the predictions that are learned from."""
+        return 1.0
 
     @property
     def noises_per_update(self) -> int:
@@ -478,12 +495,48 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     @property
     def is_group_shared(self) -> bool:
         """Whether a group may lie on several processes."""
-        return self.groups_per_update * self.num_generations // self.world_size % self.num_generations != 0
+        return self._images_per_update % self.num_generations != 0
 
     @property
     def micro_batches_per_update(self) -> int:
         """Micro-batches of an optimiser step on one process, each of which is passed over once a level."""
         return self.gradient_accumulation_steps // self.num_train_timesteps
+
+    @property
+    def derived(self) -> dict[str, Any]:
+        """What fields are that follow from others, where they are left out."""
+        return {
+            "bf16": self.bf16,
+            "eval_guidance_scale": self.sample_guidance_scale,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "learning_rate": self._default_learning_rate,
+            "per_device_train_batch_size": _largest_divisor(self._images_per_update, self._default_batch_size),
+            "sample_batch_size": self.num_generations,
+            "width": self.resolution,
+        }
+
+    @property
+    def _default_batch_size(self) -> int:
+        """Images of a micro-batch, where they divide the step's."""
+        return self.num_generations
+
+    @property
+    def _default_learning_rate(self) -> float:
+        return self.__dataclass_fields__["learning_rate"].default
+
+    @property
+    def _images_per_update(self) -> int:
+        """Images of an optimiser step on one process."""
+        return self.groups_per_update * self.num_generations // self.world_size
+
+    def _check_fixed(self) -> None:
+        for name, reason in self._fixed.items():
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != default:
+                raise ValueError(
+                    f"`{name}` is {value!r}; in `{type(self).__name__}` it must be {default!r}: {reason}. Leave it "
+                    "unset."
+                )
 
     def _check_objective(self) -> None:
         _check_choice("loss_type", self.loss_type, self._loss_types)
@@ -491,8 +544,6 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         _check_choice("sigmas", self.sigmas, ("dpm", "model"))
         _check_choice("reference", self.reference, ("frozen", "old", "refreshed"))
         _check_choice("timestep_sampling", self.timestep_sampling, ("grid", "continuous"))
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, str(self.scale_rewards).lower())
-        self.scale_rewards = {"true": "group", "false": "none"}.get(self.scale_rewards, self.scale_rewards)
         _check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none", "sign"))
         _check_choice(
             "multi_objective_aggregation",
@@ -522,15 +573,19 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
                 raise ValueError(f"`{name}` is {value}; it must be above 0{'; None turns it off' * optional}.")
         if not self.kl_coef >= 0:
             raise ValueError(f"`kl_coef` is {self.kl_coef}; it must be 0 (no KL term) or more.")
-        if self.beta < 1 and "surrogate" in self._loss_types:
+        if self.beta < 1 and self.reads_reference:
+            default = self.__dataclass_fields__["beta"].default
             warnings.warn(
-                f"`beta` is {self.beta}: in DGPO it is the gate's sharpness, usually 10 to 100, and below 1 the gate "
-                "hardly moves. GRPO's `beta`, the KL weight, is `kl_coef` here.",
-                stacklevel=3,
+                f"`beta` is {self.beta}: in `{type(self).__name__}` it is the gate's sharpness, {default:g} by "
+                "default, and below 1 the gate hardly moves. GRPO's `beta`, the KL weight, is `kl_coef` here.",
+                stacklevel=4,  # whoever builds the configuration
             )
 
     def _check_rollouts(self) -> None:
-        self._check_group()
+        if self.num_generations < 2 and "num_generations" not in self._fixed:
+            raise ValueError(
+                f"`num_generations` is {self.num_generations}; a group needs at least 2 images to compare."
+            )
         for name in (
             "prompts_per_round",
             "sample_num_steps",
@@ -571,17 +626,6 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
                 f"a rollout of `sample_num_steps` ({self.sample_num_steps}). Lower the first, raise the second, or "
                 "use `timestep_sampling='continuous'`."
             )
-
-    def _check_group(self) -> None:
-        if self.num_generations < 2:
-            raise ValueError(
-                f"`num_generations` is {self.num_generations}; a group needs at least 2 images to compare."
-            )
-
-    @property
-    def _default_batch_size(self) -> int:
-        """Images of a micro-batch, where they divide the step's."""
-        return self.num_generations
 
     def _check_split(self, given_batch_size: int | None, given_accumulation: int | None) -> None:
         processes, updates, prompts = self.world_size, self.updates_per_round, self.prompts_per_round

@@ -8,10 +8,13 @@ update.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import logging
 import os
-from collections import deque
+import shutil
+import tempfile
+from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +24,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
 from PIL import Image
@@ -40,7 +44,7 @@ from ..losses import GroupLoss, clip_errors, denoising_error, dgpo_loss, group_m
 from ..noising import continuous_levels, trainable_levels
 from ..rewards.scoring import ConstantWatch, FailureWindow, RewardFunc, RewardScorer, Scores
 from ..rollout import GroupRolloutBuffer, Rollout, ScoredImages
-from ..rollout_dataset import SavedGroups, fitted, rounds_to_dataset
+from ..rollout_dataset import RowColumns, SavedGroups, fitted, rounds_to_dataset
 from ..sampler import GroupSampler, StreamSampler, local_rollouts
 from ..seeding import generator
 from .base_trainer import (
@@ -63,8 +67,9 @@ _OWN_METRICS = {
     *("reward", "reward_std", "frac_reward_zero_std", "rewards_failed", "advantage_clip_ratio"),
     *("num_pairs", "pair_margin"),
 }
-_LATENT_TOLERANCE = 16  # mean difference of a picture and its decoded latent; a JPEG's is below 5
 _OWN_PREFIXES = ("rewards/", "time/", "eval_", "train_")
+
+_LATENT_TOLERANCE = 16  # mean difference of a picture and its decoded latent; a JPEG's is below 5
 
 
 class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
@@ -130,6 +135,8 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             The pipeline behind the family's protocol.
         buffer ([`GroupRolloutBuffer`]):
             The present round.
+        saved ([`~trl_dgpo.rollout_dataset.SavedGroups`], *optional*):
+            The groups that are trained on offline; `None` where `train_dataset` has prompts.
 
     Raises:
         `TypeError`, `ValueError`: for data sets, rewards, models or numbers that do not fit, before anything is
@@ -192,7 +199,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         args, train_dataset = call.args, call.train_dataset if self.saved is None else self.saved
         columns = dataset_columns("train_dataset", train_dataset)
         if self.saved is not None:
-            _check_saved_groups(args, self.saved)
+            _check_saved_groups(args, self.saved, has_rewards)
         scorer = None
         if has_rewards:
             scorer = RewardScorer(call.reward_funcs, args.reward_weights, args.reward_timeout)
@@ -214,7 +221,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
                 train_dataset, args.prompts_per_round, seed=args.seed, shuffle=args.shuffle_dataset
             )
         self.buffer = GroupRolloutBuffer(self._record_type)
-        self._work: deque[tuple[_Part, _Fixed, _MicroBatch, int]] = deque()
+        self._work: deque[tuple[Part, Fixed, MicroBatch, int]] = deque()
         self._failures, self._constants = FailureWindow(), ConstantWatch()
         super().__init__(
             model=call.model,
@@ -244,17 +251,29 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     def _saved_groups(self, train_dataset: Any, has_reward_funcs: bool) -> SavedGroups | None:
         """The groups of a data set of pictures, or `None` if it is one of prompts."""
         if not (SavedGroups.fits(train_dataset) or (not has_reward_funcs and SavedGroups.may_fit(train_dataset))):
+            if SavedGroups.may_fit(train_dataset):
+                logger.warning(
+                    "`train_dataset` has pictures without `reward` or `group`, and `reward_funcs` are given: it is "
+                    "taken for one of prompts. Images are sampled for them, and its pictures are rewards' to read."
+                )
             return None
         if not self._trains_offline:
+            name = "prompt" if "prompt" in train_dataset.column_names else "caption"
+            prompts = f"dataset.select_columns(['{name}'])"
+            if name != "prompt":
+                prompts += f".rename_column('{name}', 'prompt')"
             raise ValueError(
                 f"`train_dataset` holds saved pictures, and {self._name} learns from the course of its own sampling. "
-                "Give prompts, with `dataset.select_columns(['prompt'])`."
+                f"Give prompts, with `{prompts}`."
             )
         saved = SavedGroups(train_dataset)
         if not (saved.has_rewards or has_reward_funcs):
+            way_out = "a column `reward`, or give `reward_funcs` to score the pictures"
+            if "group" not in train_dataset.column_names:
+                way_out = "the columns `reward` and `group`: a group is the images of one prompt that are compared"
             raise ValueError(
                 f"`train_dataset` holds pictures without rewards: its columns are {train_dataset.column_names}. Add "
-                "a column `reward`, or give `reward_funcs` to score the pictures."
+                f"{way_out}."
             )
         return saved
 
@@ -262,10 +281,14 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         """
         Roll out and score the first rounds of a run with the policy as it is, and learn nothing.
 
-        The images are those that training would make if its policy stayed as it is: same prompts, same noise. Kept
-        with `save_to_disk` or `push_to_hub` they are a `train_dataset` to train on offline, any trainer of the family
-        and any model of the same latents; for a model of others, and to make the set smaller, remove the columns `x0`
-        and `x0.shape`.
+        The images are those that training would make if its policy stayed as it is, never the old one: same prompts,
+        same noise. Training that is on its way, if a callback asks, goes on as if nothing had been. Kept with
+        `save_to_disk` or `push_to_hub` they are a `train_dataset` to train on offline, any trainer of the family and
+        any model of the same latents; for a model of others, and to make the set smaller, remove the columns `x0` and
+        `x0.shape`.
+
+        One round at a time is in memory. The others are on the disk of each machine, in the cache of `datasets`, until
+        the process ends.
 
         Args:
             num_rounds (`int`):
@@ -285,10 +308,32 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             )
         if num_rounds < 1:
             raise ValueError(f"`num_rounds` is {num_rounds}; it must be at least 1.")
-        self._forget()
-        rounds = [whole_round(self._scored_round(round)[1]) for round in range(num_rounds)]
-        self._forget()
-        return rounds_to_dataset(rounds)
+        columns, folder = RowColumns(getattr(self.train_dataset, "features", None)), self._spare_folder()
+        # What a round leaves beside its rollouts is not training's.
+        kept = self._metrics, self._stopwatch, self._failures, self._constants
+        self._metrics, self._stopwatch = defaultdict(list), type(self._stopwatch)(self.args.device)
+        self._failures, self._constants = FailureWindow(), ConstantWatch()
+        try:
+            for round in range(num_rounds):
+                scored = whole_round(self._scored_round(round)[1])
+                with self._raising_together("Writing rollouts"):
+                    if self.is_local_process_zero():
+                        rounds_to_dataset([scored], columns).save_to_disk(folder / str(round))
+                del scored  # before the next one is made
+        finally:
+            self._metrics, self._stopwatch, self._failures, self._constants = kept
+        return datasets.concatenate_datasets([datasets.load_from_disk(folder / str(r)) for r in range(num_rounds)])
+
+    def _spare_folder(self) -> Path:
+        """One folder for the processes of a machine, as long as this one lives."""
+        folder = None
+        with self._raising_together("Making a folder"):
+            if self.is_local_process_zero():
+                cache = Path(datasets.config.HF_DATASETS_CACHE)
+                cache.mkdir(parents=True, exist_ok=True)
+                folder = tempfile.mkdtemp(prefix="trl_dgpo-rollouts-", dir=cache)
+                atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return Path(gather_object([folder])[self.args.process_index - self.args.local_process_index])
 
     # -- the round ----------------------------------------------------------------------------------------------------
 
@@ -332,7 +377,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             self._metrics["kl"].append(kl.detach())
         return loss
 
-    def _preference_loss(self, errors: Tensor, part: _Part, fixed: _Fixed, batch: _MicroBatch, level: int) -> Tensor:
+    def _preference_loss(self, errors: Tensor, part: Part, fixed: Fixed, batch: MicroBatch, level: int) -> Tensor:
         """The loss of a micro-batch at one level, but for the KL term."""
         args, rows = self.args, batch.rows
         if args.clips_errors:
@@ -354,7 +399,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             loss = loss - loss.detach() + fixed.objectives[level]  # the value in the log, whatever the micro-batches
         return loss
 
-    def _kl(self, divergence: Tensor, part: _Part, level: int) -> Tensor:
+    def _kl(self, divergence: Tensor, part: Part, level: int) -> Tensor:
         """KL term of each sample, of its squared velocity difference to the base."""
         return divergence
 
@@ -404,12 +449,12 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             drawn = continuous_levels(uniform, args.t_min, self.backbone.shift_factor, t_max=args.t_max)
         return drawn.tolist()
 
-    def _part(self, round: int, iteration: int, update: int) -> _Part:
+    def _part(self, round: int, iteration: int, update: int) -> Part:
         """This process's part of an optimiser step."""
         args, device = self.args, self.args.device
         rollout = self.buffer.record.part(update, args.updates_per_round)
         sigmas = self._draw_levels(round, iteration)
-        return _Part(
+        return Part(
             rollout=dataclasses.replace(rollout, conditioning=self._conditioning(rollout, (round, iteration))),
             first_group=int(rollout.groups[0]) - update * args.groups_per_update,
             learned_from=rollout.valid if args.kl_coef else self._moves(rollout),
@@ -428,7 +473,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         """
         return rollout.advantages != 0
 
-    def _micro_batches(self, part: _Part) -> list[_MicroBatch]:
+    def _micro_batches(self, part: Part) -> list[MicroBatch]:
         args, rollout, batches = self.args, part.rollout, []
         for block, rows, weighs in self._blocks(part, args.per_device_train_batch_size):
             index = rollout.local_index[block]
@@ -436,7 +481,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             count = groups.stop - groups.start
             preference = torch.zeros(count).index_add(0, index - groups.start, self._moves(rollout)[block].float())
             batches.append(
-                _MicroBatch(
+                MicroBatch(
                     rows=rows,
                     weighs=weighs,
                     groups=groups,
@@ -450,7 +495,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             )
         return batches
 
-    def _blocks(self, part: _Part, size: int) -> list[tuple[slice, slice | Tensor, bool]]:
+    def _blocks(self, part: Part, size: int) -> list[tuple[slice, slice | Tensor, bool]]:
         """
         Consecutive blocks of images, and of each the rows that are learned from, and whether there are any.
 
@@ -481,10 +526,10 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             for name, rows in rollout.conditioning.items()
         }
 
-    def _fix(self, part: _Part) -> _Fixed:
+    def _fix(self, part: Part) -> Fixed:
         """What does not move during an optimiser step, one pass a view, so that weights are switched once a pass."""
         args, using = self.args, self.policy.using
-        reference = args.reference if args.has_gate else None
+        reference = args.reference if args.reads_reference else None
         merged = self.merges_exactly and args.merge_adapter is not False
         base_errors = old_errors = reference_errors = base_predictions = scores = objectives = None
         if args.kl_coef or reference == "frozen":
@@ -501,9 +546,9 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         if reference is not None and args.is_group_cut:
             errors, _ = self._no_grad_pass(using(), part)
             scores, objectives = self._whole_scores(part, errors, reference_errors)
-        return _Fixed(reference_errors, old_errors, base_predictions, scores, objectives)
+        return Fixed(reference_errors, old_errors, base_predictions, scores, objectives)
 
-    def _whole_scores(self, part: _Part, errors: Tensor, reference_errors: Tensor) -> tuple[Tensor, Tensor]:
+    def _whole_scores(self, part: Part, errors: Tensor, reference_errors: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the part's groups over all micro-batches and processes, and each level's objective."""
         args, num_groups = self.args, part.rollout.num_groups
         here = slice(part.first_group, part.first_group + num_groups)
@@ -532,7 +577,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         return scores[:, here], objectives
 
     def _no_grad_pass(
-        self, view: AbstractContextManager, part: _Part, guidance_scale: float = 1.0, *, keep: bool = False
+        self, view: AbstractContextManager, part: Part, guidance_scale: float = 1.0, *, keep: bool = False
     ) -> tuple[Tensor, list[Tensor] | None]:
         """Errors `(levels, images)`, and the predictions of each level if they are to be kept."""
         args = self.args
@@ -558,7 +603,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
 
     def _predict(
         self,
-        part: _Part,
+        part: Part,
         rows: slice | Tensor,
         level: int,
         *,
@@ -577,21 +622,25 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
 
     def _roll_out(self, round: int) -> None:
         """Sample, score and keep one round: this process's rollouts of it."""
-        rollout, scored = self._scored_round(round)
+        self.buffer.clear()  # the last round's memory is this one's
+        use_old = self.args.old_policy_after is not None and self.state.global_step >= self.args.old_policy_after
+        rollout, scored = self._scored_round(round, "old" if use_old else None)
         self.buffer.fill(rollout.to(self.args.device), round)
         self._stopwatch.start("show")
         self._show(scored)
 
-    def _scored_round(self, round: int) -> tuple[Rollout, ScoredImages]:
-        """This process's rollouts of a round, as they are trained on and as they are looked at."""
+    def _scored_round(self, round: int, view: str | None = None) -> tuple[Rollout, ScoredImages]:
+        """This process's rollouts of a round from a view, as they are trained on and as they are looked at."""
         args = self.args
         self._stopwatch.start("rollout")
         groups, index = self._group_index.unique(return_inverse=True)
         rows = self.sampler.rows(round, groups.tolist())
         conditioning = self.backbone.encode([_checked_prompt(row) for row in rows])
         rows = [rows[i] for i in index.tolist()]
-        make = self._sample_and_score if self.saved is None else self._read_and_score
-        sampled, images, scores = make(round, rows)
+        if self.saved is None:
+            sampled, images, scores = self._sample_and_score(round, rows, view)
+        else:
+            sampled, images, scores = self._read_and_score(round, rows)
         # Every process sees all rewards: batch statistics, the log and the decision to stop are the same in each.
         rewards, group_index = self._gather(scores.rewards), self._gather(self._group_index)
         self._failures.update(self._gather(scores.failed))
@@ -645,10 +694,11 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         """What else the record keeps that follows from a round's rewards, one row for each image of all processes."""
         return {}
 
-    def _sample_and_score(self, round: int, rows: list[dict]) -> tuple[dict[str, Tensor], Tensor, Scores]:
+    def _sample_and_score(
+        self, round: int, rows: list[dict], view: str | None
+    ) -> tuple[dict[str, Tensor], Tensor, Scores]:
         """Of this process's images: what the record keeps of their sampling, pictures and scores."""
         args = self.args
-        use_old = args.old_policy_after is not None and self.state.global_step >= args.old_policy_after
         keys = list(zip(self._group_index.tolist(), self._number_in_group.tolist(), strict=True))
         sampled = self._sample(
             lambda part: self._draw(("latents", round), keys[part]),
@@ -669,7 +719,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         pool = ThreadPoolExecutor(args.max_workers, **on_device)
         try:
             scoring, scores = [], []
-            with self.policy.using("old" if use_old else None, merged=self.merges_adapter):
+            with self.policy.using(view, merged=self.merges_adapter):
                 for part, clean, pictures in sampled:
                     x0.append(clean)
                     images.append(pictures)
@@ -760,9 +810,11 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         return self._score(scorer, pictures.wait(), rows, given_up=given_up)
 
     def _show(self, scored: ScoredImages) -> None:
+        also = {"scored": scored, "trackers": self.trackers, "train_dataset": self.train_dataset}
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "on_rollout"):
-                callback.on_rollout(self.args, self.state, self.control, scored=scored, trackers=self.trackers)
+                with self._raising_together("A callback"):  # many act in the main process alone
+                    callback.on_rollout(self.args, self.state, self.control, **also)
 
     def _step_noise(self, round: int, keys: list[tuple[int, int]]) -> Callable[[slice, int], Tensor]:
         return lambda rows, step: to_device(
@@ -848,15 +900,15 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         used = {
             "old": args.clips_errors
             or (args.old_policy_after is not None and self.saved is None)
-            or (args.has_gate and args.reference == "old"),
-            "reference": args.has_gate and args.reference == "refreshed",
-            "base": bool(args.kl_coef) or (args.has_gate and args.reference == "frozen"),
+            or (args.reads_reference and args.reference == "old"),
+            "reference": args.reads_reference and args.reference == "refreshed",
+            "base": bool(args.kl_coef) or (args.reads_reference and args.reference == "frozen"),
         }
         return tuple(view for view, is_used in used.items() if is_used)
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One process's part of an optimiser step: the images' own tensors are views of the round's."""
 
     rollout: Rollout
@@ -870,18 +922,18 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Fixed:
+class Fixed:
     """What stays as it is while the policy learns from a part; `None` where the loss has no use for it."""
 
     reference_errors: Tensor | None  # (levels, images)
     old_errors: Tensor | None
     base_predictions: list[Tensor] | None  # of each level
-    scores: Tensor | None  # (levels, groups) of whole groups, where a micro-batch may have only parts of them
+    scores: Tensor | None  # (levels, groups, ...) of whole groups, where a micro-batch may have only parts of them
     objectives: Tensor | None  # (levels,)
 
 
 @dataclass(frozen=True)
-class _MicroBatch:
+class MicroBatch:
     """What is trained on at once, of a part's images and groups."""
 
     rows: slice | Tensor
@@ -906,7 +958,7 @@ def _like(rows: slice | Tensor, other: Tensor) -> slice | Tensor:
     return rows if isinstance(rows, slice) else rows.to(other.device)
 
 
-def _check_saved_groups(args: DGPOConfig, saved: SavedGroups) -> None:
+def _check_saved_groups(args: DGPOConfig, saved: SavedGroups, has_reward_funcs: bool) -> None:
     smallest, largest = int(saved.sizes.min()), int(saved.sizes.max())
     if smallest < args.num_generations:
         count = int((saved.sizes < args.num_generations).sum())
@@ -915,6 +967,14 @@ def _check_saved_groups(args: DGPOConfig, saved: SavedGroups) -> None:
             f"are smaller (its groups have {smallest} to {largest} images; of larger ones the first are taken). Set "
             f"`num_generations={smallest}`, or leave out the smaller groups."
         )
+    size = f"{smallest} to {largest}" if largest > smallest else smallest
+    left = f", of which the first {args.num_generations} are taken" if largest > args.num_generations else ""
+    rewards = "rewards computed anew" if has_reward_funcs else f"{'their own' if saved.has_rewards else 'no'} rewards"
+    logger.log(
+        logging.WARNING if left or has_reward_funcs else logging.INFO,
+        "Training on %d saved groups of %s images%s, with %s; nothing is sampled.",
+        *(len(saved), size, left, rewards),
+    )
 
 
 def _checked_log(scores: Scores) -> Scores:

@@ -10,10 +10,11 @@ class DiffusionDPOConfig(DGPOConfig):
     r"""
     Configuration class for the [`DiffusionDPOTrainer`].
 
-    All parameters are those of [`DGPOConfig`], but for `pair_selection`; these have other defaults. "The paper" is
+    All parameters are those of [`DGPOConfig`]; those listed are new or have another default or meaning. "The paper" is
     [2311.12908](https://huggingface.co/papers/2311.12908), which trains Stable Diffusion 1.5 and SDXL on people's
     choices. For flow matching with a reward there are only implementations to follow: the DPO baseline in Flow-GRPO's
-    code and verl-omni's.
+    code and verl-omni's. `clip_range`, `scale_rewards`, `advantage_clip` and `recenter_clipped` have nothing to choose
+    here, and what differs from their defaults is refused.
 
     Parameters:
         pair_selection (`str`, *optional*, defaults to `"max"`):
@@ -34,24 +35,21 @@ class DiffusionDPOConfig(DGPOConfig):
             Nothing is clipped.
         advantage_clip (`float`, *optional*):
             Rewards only order a pair's images: there is no advantage, hence nothing to bound.
-        recenter_clipped (`bool`, *optional*, defaults to `False`):
-            Nor to recentre.
-        scale_rewards (`str`, *optional*, defaults to `"group"`):
-            Nor to scale. The four are refused if they are set.
         num_train_timesteps (`int`, *optional*, defaults to `4`):
-            Levels a pass, shared by all pairs: DGPO's number. The paper draws one for each pair.
+            Levels a pass, shared by all pairs. The paper draws one for each pair.
         t_min (`float`, *optional*, defaults to `0.0`):
             All levels (the paper).
         old_policy_after (`int`, *optional*):
             Rollouts always come from the policy.
-        reference (`str`, *optional*, defaults to `"frozen"`):
-            `"frozen"` (the paper), `"refreshed"` (the policy at the round's start) or `"old"`.
         per_device_train_batch_size (`int`, *optional*):
             Counts the images that are left out too. With one pair of each group a micro-batch of a group has a forward
             of two images: several groups fit into the same memory.
         learning_rate (`float`, *optional*):
             3e-4 with LoRA (DGPO's and Flow-GRPO's). 2.048e-5 without: the authors' 1e-8 times their 2048 pairs of an
             optimiser step, for Stable Diffusion 1.5.
+
+    Raises:
+        `ValueError`: as [`DGPOConfig`], and for what has nothing to choose here.
     """
 
     learning_rate: float | None = field(
@@ -63,29 +61,24 @@ class DiffusionDPOConfig(DGPOConfig):
     )
     beta: float = field(default=2000.0, metadata={"help": "Strength of the reference."})
     kl_coef: float = field(default=0.0, metadata={"help": "Weight of the squared velocity difference to the base."})
-    clip_range: float | None = field(default=None, metadata={"help": "Has no meaning here."})
-    advantage_clip: float | None = field(default=None, metadata={"help": "Has no meaning here."})
-    scale_rewards: str = field(default="group", metadata={"help": "Has no meaning here."})
-    recenter_clipped: bool = field(default=False, metadata={"help": "Has no meaning here."})
+    clip_range: float | None = field(default=None, metadata={"help": "Nothing is clipped."})
+    advantage_clip: float | None = field(default=None, metadata={"help": "There is no advantage to bound."})
     t_min: float = field(default=0.0, metadata={"help": "Smallest level before the shift, in [0, 1)."})
     old_policy_after: int | None = field(
         default=None,
         metadata={"help": "Optimiser steps after which rollouts come from the old policy. Never if not set."},
     )
 
-    def __post_init__(self):
-        if self.learning_rate is None:
-            self.learning_rate = 2.048e-5 if self.full_finetuning else 3e-4
-        super().__post_init__()
+    _fixed = dict.fromkeys(
+        ("clip_range", "scale_rewards", "advantage_clip", "recenter_clipped"),
+        "rewards only order the images of a pair, and `beta` is what keeps the policy near the reference",
+    )
+
+    @property
+    def _default_learning_rate(self) -> float:
+        return 2.048e-5 if self.full_finetuning else 3e-4
 
     def _check_objective(self) -> None:
         super()._check_objective()
         if self.pair_selection not in ("max", "min", "all"):
             raise ValueError(f"`pair_selection` is {self.pair_selection!r}; it must be one of 'max', 'min', 'all'.")
-        for name in ("clip_range", "advantage_clip", "recenter_clipped", "scale_rewards"):
-            value, unset = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if value != unset:
-                raise ValueError(
-                    f"`{name}` is {value!r}, but has no meaning in Diffusion-DPO: rewards only order the images of a "
-                    "pair, and nothing is clipped. Leave it unset; `beta` is what keeps the policy near the reference."
-                )

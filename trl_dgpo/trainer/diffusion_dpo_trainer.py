@@ -13,7 +13,7 @@ from ..advantages import preference_pairs
 from ..backbones import to_device
 from ..losses import pairwise_dpo_loss
 from ..rollout import Preferences
-from .dgpo_trainer import DGPOTrainer, _Fixed, _MicroBatch, _Part
+from .dgpo_trainer import DGPOTrainer, Fixed, MicroBatch, Part
 from .diffusion_dpo_config import DiffusionDPOConfig
 
 
@@ -32,7 +32,7 @@ class DiffusionDPOTrainer(DGPOTrainer):
 
     The log has, as means over pairs, `objective` (log 2 where the policy is the reference), `gate_mean`,
     `rewards/accuracies` (share of the pairs whose better image the policy prefers, more than the reference does) and
-    `rewards/margins` (by how much, \\( \frac{\beta}{2} (m_l - m_w) \\)): TRL's names, which mean the rewards that are
+    `rewards/margins` (by how much, \\( \frac{\beta}{2} (e_l - e_w) \\)): TRL's names, which mean the rewards that are
     implicit in the policy. Of each round it has `num_pairs` and `pair_margin`, the difference of a pair's own rewards,
     averaged over groups with pairs.
 
@@ -77,7 +77,7 @@ class DiffusionDPOTrainer(DGPOTrainer):
         # Not by the advantage, which is 0 too where wins and losses are equally many.
         return (rollout.preferences != 0).any(1)
 
-    def _micro_batches(self, part: _Part) -> list[_PairBatch]:
+    def _micro_batches(self, part: Part) -> list[_PairBatch]:
         preferences = to_device(part.rollout.preferences, self.args.device)
         numbers = to_device(part.rollout.number_in_group, self.args.device)
         return [
@@ -89,17 +89,17 @@ class DiffusionDPOTrainer(DGPOTrainer):
             for batch in super()._micro_batches(part)
         ]
 
-    def _whole_scores(self, part: _Part, errors: Tensor, reference_errors: Tensor) -> tuple[Tensor, None]:
-        """Margins of the part's groups over all micro-batches and processes, `(levels, groups, G)`."""
+    def _whole_scores(self, part: Part, errors: Tensor, reference_errors: Tensor) -> tuple[Tensor, None]:
+        """Excess errors of the part's groups over all micro-batches and processes, `(levels, groups, G)`."""
         args = self.args
-        margins = torch.zeros(len(errors), args.groups_per_update, args.num_generations, device=args.device)
+        excess = torch.zeros(len(errors), args.groups_per_update, args.num_generations, device=args.device)
         numbers = to_device(part.rollout.number_in_group, args.device)
-        margins[:, part.first_group + part.group_index, numbers] = errors - reference_errors
+        excess[:, part.first_group + part.group_index, numbers] = errors - reference_errors
         if args.is_group_shared:
-            margins = self.accelerator.reduce(margins, "sum")
-        return margins[:, part.first_group : part.first_group + part.rollout.num_groups], None
+            excess = self.accelerator.reduce(excess, "sum")
+        return excess[:, part.first_group : part.first_group + part.rollout.num_groups], None
 
-    def _preference_loss(self, errors: Tensor, part: _Part, fixed: _Fixed, batch: _PairBatch, level: int) -> Tensor:
+    def _preference_loss(self, errors: Tensor, part: Part, fixed: Fixed, batch: _PairBatch, level: int) -> Tensor:
         pairs = pairwise_dpo_loss(
             errors,
             fixed.reference_errors[level, batch.rows],
@@ -108,7 +108,7 @@ class DiffusionDPOTrainer(DGPOTrainer):
             batch.number_in_group,
             beta=self.args.beta,
             num_groups=batch.sizes["num_groups"],
-            margins=None if fixed.scores is None else fixed.scores[level, batch.groups],
+            excess=None if fixed.scores is None else fixed.scores[level, batch.groups],
             loss_type=self.args.loss_type,
         )
         # A pair is counted with its better image, wherever the other one is.
@@ -124,7 +124,7 @@ class DiffusionDPOTrainer(DGPOTrainer):
 
 
 @dataclass(frozen=True)
-class _PairBatch(_MicroBatch):
+class _PairBatch(MicroBatch):
     """A micro-batch and what its images are preferred to, on the device."""
 
     preferences: Tensor

@@ -10,9 +10,10 @@ class DiffusionSFTConfig(DGPOConfig):
     r"""
     Configuration class for the [`DiffusionSFTTrainer`].
 
-    All parameters are those of [`DGPOConfig`]; these have other defaults, which are ours. Nothing is rolled out and
-    nothing compared: what controls rewards, gate, clip and the old policy says nothing here, and `sampler` and
-    `sample_num_steps` only how pictures are drawn for people.
+    All parameters are those of [`DGPOConfig`]; those listed have another default or meaning, and the defaults are
+    ours. Nothing is rolled out and nothing compared: what controls rewards, gate, clip and the old policy has nothing
+    to choose here, and what differs from its default is refused. `sampler` and `sample_num_steps` only say how
+    pictures are drawn for people.
 
     Parameters:
         num_generations (`int`, *optional*, defaults to `1`):
@@ -31,8 +32,7 @@ class DiffusionSFTConfig(DGPOConfig):
         advantage_clip (`float`, *optional*):
             There is no advantage.
         num_train_timesteps (`int`, *optional*, defaults to `4`):
-            Levels of a pass. The pictures of a pass share them, so a single one would make the loss jump from step to
-            step.
+            Levels of a pass, shared by its pictures: a single one would make the loss jump from step to step.
         t_min (`float`, *optional*, defaults to `0.0`):
             All levels.
         timestep_sampling (`str`, *optional*, defaults to `"continuous"`):
@@ -44,7 +44,7 @@ class DiffusionSFTConfig(DGPOConfig):
             1e-4 with LoRA, 1e-5 without.
 
     Raises:
-        `ValueError`: as of [`DGPOConfig`], and for `num_generations` other than 1.
+        `ValueError`: as [`DGPOConfig`], and for what has nothing to choose here.
     """
 
     learning_rate: float | None = field(
@@ -63,27 +63,30 @@ class DiffusionSFTConfig(DGPOConfig):
     old_policy_after: int | None = field(default=None, metadata={"help": "There is no old policy."})
 
     _loss_types = ("mse",)
-
-    def __post_init__(self):
-        if self.learning_rate is None:
-            self.learning_rate = 1e-5 if self.full_finetuning else 1e-4
-        super().__post_init__()
+    _fixed = {
+        "num_generations": (
+            "it takes one picture of each group, the best one; `prompts_per_round` says how many groups a round has"
+        ),
+        "loss_type": "it has one loss",
+        **dict.fromkeys(("beta", "reference", "clip_range"), "its loss has neither gate, reference nor clip"),
+        **dict.fromkeys(
+            ("scale_rewards", "advantage_clip", "recenter_clipped"), "nothing is compared, so there is no advantage"
+        ),
+        **dict.fromkeys(
+            ("reward_weights", "multi_objective_aggregation", "async_reward_computation"), "it asks no reward"
+        ),
+        "shared_noise": "a group is one picture, with noise of its own",
+        "old_policy_after": "nothing is rolled out",
+    }
 
     @property
-    def has_gate(self) -> bool:
-        return False
-
-    @property
-    def clips_errors(self) -> bool:
+    def reads_reference(self) -> bool:
         return False
 
     @property
     def _default_batch_size(self) -> int:
         return 16
 
-    def _check_group(self) -> None:
-        if self.num_generations != 1:
-            raise ValueError(
-                f"`num_generations` is {self.num_generations}; supervised training takes one picture of each group, "
-                "the best one. Leave it unset; `prompts_per_round` says how many groups a round has."
-            )
+    @property
+    def _default_learning_rate(self) -> float:
+        return 1e-5 if self.full_finetuning else 1e-4

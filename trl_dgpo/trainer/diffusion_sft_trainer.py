@@ -10,7 +10,7 @@ from torch import Tensor
 from ..losses import group_mean
 from ..rewards.scoring import Scores
 from ..rollout_dataset import BestOfGroups, SavedGroups
-from .dgpo_trainer import DGPOTrainer
+from .dgpo_trainer import DGPOTrainer, Fixed, MicroBatch, Part
 from .diffusion_sft_config import DiffusionSFTConfig
 
 
@@ -52,8 +52,8 @@ class DiffusionSFTTrainer(DGPOTrainer):
             As of [`DGPOTrainer`]. Training takes no `reward_funcs`.
     """
 
-    _tag_names = ["trl", "sft", "text-to-image", "diffusers"]
-    _name = "SFT"
+    _tag_names = ["trl", "diffusion-sft", "text-to-image", "diffusers"]
+    _name = "Diffusion-SFT"
     _paper = {
         "title": "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
         "id": "2403.03206",
@@ -84,7 +84,7 @@ class DiffusionSFTTrainer(DGPOTrainer):
     def _advantages(self, rewards: Tensor, group_index: Tensor) -> Tensor:
         return torch.ones_like(rewards)
 
-    def _preference_loss(self, errors: Tensor, part: Any, fixed: Any, batch: Any, level: int) -> Tensor:
+    def _preference_loss(self, errors: Tensor, part: Part, fixed: Fixed, batch: MicroBatch, level: int) -> Tensor:
         return batch.share * group_mean(errors, batch.group_index, **batch.sizes)
 
     def _log_rewards(self, rewards: Tensor, *of_groups: Any) -> None:

@@ -1,20 +1,9 @@
 """What can be set of a Flow-GRPO run: DGPO's rounds, learned from by the steps of their sampling."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .dgpo_config import DGPOConfig
-
-
-# What DGPO has and a policy gradient over the sampler's own steps has not: its only value, and why.
-_FIXED = {
-    "sampler": ("sde", "it learns from stochastic steps"),
-    "loss_type": ("ppo", "it has one loss"),
-    "beta": (100.0, "its loss has no gate; the KL weight is `kl_coef`"),
-    "reference": ("frozen", "its loss has no reference; the KL term is against the frozen model"),
-    "shared_noise": (True, "its noise is that of the rollouts, each image's own"),
-    "timestep_sampling": ("grid", "it trains on the steps that a rollout took"),
-    "prompt_dropout": (0.0, "the policy must see the prompt that it sampled from"),
-}
 
 
 @dataclass
@@ -27,11 +16,11 @@ class FlowGRPOConfig(DGPOConfig):
     `sampler`, `loss_type`, `beta`, `reference`, `shared_noise`, `timestep_sampling` and `prompt_dropout` have nothing
     to choose here, and what differs from their defaults is refused.
 
-    The authors' fast form, Flow-GRPO-Fast, is `num_sde_steps=2` with `sample_guidance_scale=1.0`.
+    The authors' fast form, Flow-GRPO-Fast, is `num_sde_steps=2` or 3 of the first half of the steps (`t_min=0.5`),
+    `clip_range=1e-5`, `kl_coef=0.0` and `noise_level=0.8`; without guidance it is `sample_guidance_scale=1.0` too, for
+    which their files have another form of step noise (CPS), which is not offered here.
 
     Parameters:
-        num_generations (`int`, *optional*, defaults to `24`):
-            Images of a group.
         prompts_per_round (`int`, *optional*, defaults to `48`):
             Groups of a round.
         sampler (`str`, *optional*, defaults to `"sde"`):
@@ -49,8 +38,10 @@ class FlowGRPOConfig(DGPOConfig):
             the data each round and then from the start again (MixGRPO). The same for all images of a round, so that
             those of a group differ by the same steps.
         num_train_timesteps (`int`, *optional*):
-            Stochastic steps that are trained on a pass, drawn without replacement, the same for all groups. All if not
-            set: `num_sde_steps`, or 9 of 10 steps, since a rollout's last step is never stochastic.
+            Stochastic steps that are trained on a pass, drawn without replacement, the same for all groups. The
+            passes of a round (`num_iterations`) go on where the last one stopped: with 1, nine passes train on nine
+            steps. All if not set: `num_sde_steps`, or 9 of 10 steps, since a rollout's last step is never stochastic.
+            Needed where `t_min` or `t_max` leave out steps and `num_sde_steps` is not set.
         t_min (`float`, *optional*, defaults to `0.0`):
             Smallest level of a stochastic step, before the shift.
         loss_type (`str`, *optional*, defaults to `"ppo"`):
@@ -104,9 +95,20 @@ class FlowGRPOConfig(DGPOConfig):
     )
 
     _loss_types = ("ppo",)
+    _fixed = {
+        "sampler": "it learns from stochastic steps",
+        "loss_type": "it has one loss",
+        "beta": "its loss has no gate; the KL weight is `kl_coef`",
+        "reference": "its loss has no reference; the KL term is against the frozen model",
+        "shared_noise": "its noise is that of the rollouts, each image's own",
+        "timestep_sampling": "it trains on the steps that a rollout took",
+        "prompt_dropout": "the policy must see the prompt that it sampled from",
+    }
+    default_lora = {"r": 32, "lora_alpha": 64}
+    clips_likelihoods = True
 
     @property
-    def has_gate(self) -> bool:
+    def reads_reference(self) -> bool:
         return False
 
     @property
@@ -116,34 +118,58 @@ class FlowGRPOConfig(DGPOConfig):
     @property
     def latents_per_image(self) -> int:
         # x0, and those before and after each stochastic step
-        return 2 + (self.num_sde_steps or self.sample_num_steps - 1)
+        return 2 + self._stochastic_steps
+
+    @property
+    def train_guidance_scale(self) -> float:
+        return self.sample_guidance_scale  # the policy that is trained is the guided one
 
     @property
     def noises_per_update(self) -> int:
         return 0  # it is in the trajectory
 
+    @property
+    def derived(self) -> dict[str, Any]:
+        return {
+            **super().derived,
+            "num_train_timesteps": self._stochastic_steps,
+            "reference_guidance_scale": self.sample_guidance_scale,
+        }
+
+    @property
+    def _stochastic_steps(self) -> int:
+        """Stochastic steps of a rollout, whose last step never is one."""
+        return self.num_sde_steps or self.sample_num_steps - 1
+
     def __post_init__(self):
-        for name, (value, reason) in _FIXED.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}; for Flow-GRPO it must be {value!r}: {reason}. Leave it "
-                    "unset."
-                )
-        if self.reference_guidance_scale not in (1.0, self.sample_guidance_scale):
+        scale = self.reference_guidance_scale
+        if not isinstance(scale, _Followed) and scale not in (1.0, self.sample_guidance_scale):
             raise ValueError(
                 f"`reference_guidance_scale` is {self.reference_guidance_scale}; for Flow-GRPO it must be "
                 f"`sample_guidance_scale` ({self.sample_guidance_scale}), since the KL term compares steps as they "
                 "were sampled. Leave it unset."
             )
-        self.reference_guidance_scale = self.sample_guidance_scale
+        self.reference_guidance_scale = _Followed(self.sample_guidance_scale)
         if self.sample_num_steps < 2:
             raise ValueError(
                 f"`sample_num_steps` is {self.sample_num_steps}; Flow-GRPO needs at least 2, since the last step of a "
                 "rollout is never stochastic."
             )
         if self.num_train_timesteps is None:
-            self.num_train_timesteps = self.num_sde_steps or self.sample_num_steps - 1
+            if self.num_sde_steps is None and (self.t_min > 0 or self.t_max < 1):
+                raise ValueError(
+                    f"`t_min` is {self.t_min} and `t_max` {self.t_max}, which leave out some of the steps: how many "
+                    "are left is known only with the model's own grid. Set `num_train_timesteps` (how many to train "
+                    "on), or `num_sde_steps` (how many are stochastic, and trained on)."
+                )
+            self.num_train_timesteps = self._stochastic_steps
         super().__post_init__()
+        if self.merge_adapter and (self.bf16 or self.fp16):
+            raise ValueError(
+                f"`merge_adapter` is on in {'bf16' if self.bf16 else 'fp16'}, where a merged weight is rounded: the "
+                "rollouts' probabilities would be those of another policy than the one that is trained. Leave it "
+                "unset."
+            )
 
     def _check_rollouts(self) -> None:
         super()._check_rollouts()
@@ -159,9 +185,12 @@ class FlowGRPOConfig(DGPOConfig):
                 f"`num_sde_steps` is {self.num_sde_steps}; of `sample_num_steps` ({self.sample_num_steps}) all but "
                 f"the last can be stochastic, so it must be in 1..{possible}."
             )
-        stochastic = self.num_sde_steps or possible
-        if self.num_train_timesteps > stochastic:
+        if self.num_train_timesteps > self._stochastic_steps:
             raise ValueError(
-                f"`num_train_timesteps` ({self.num_train_timesteps}) is more than the {stochastic} stochastic steps "
-                "of a rollout, whose last step never is one. Lower it or leave it unset."
+                f"`num_train_timesteps` ({self.num_train_timesteps}) is more than the {self._stochastic_steps} "
+                "stochastic steps of a rollout, whose last step never is one. Lower it or leave it unset."
             )
+
+
+class _Followed(float):
+    """A number that was not given but follows from another, and does so anew in a copy (`dataclasses.replace`)."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from ..losses import denoising_error, flow_grpo_loss, step_kl, step_log_prob
 from ..noising import SDECoefficients, flow_sde_target, trainable_levels
-from ..policy import Adapter, lora_config
 from ..rewards.scoring import Scores
 from ..rollout import Rollout, Trajectory
 from ..seeding import generator
-from .dgpo_trainer import DGPOTrainer, _Fixed, _MicroBatch, _Part
+from .dgpo_trainer import DGPOTrainer, Fixed, MicroBatch, Part
 from .flow_grpo_config import FlowGRPOConfig
 
 
@@ -32,7 +33,8 @@ class FlowGRPOTrainer(DGPOTrainer):
 
     Departures from the authors' code: the last step of a rollout is the ODE's, whose noise would stay in the image (it
     is not trained there either); the policy's probabilities at sampling time are those of the rollouts' own forwards;
-    groups are weighed alike where some of their samples are masked.
+    groups are weighed alike where some of their samples are masked; a group without preference counts among the groups
+    and has its part in the KL term, where that code drops samples of advantage 0 before it trains.
 
     Args: as [`DGPOTrainer`], with `args` a [`FlowGRPOConfig`]. Without a `peft_config` the LoRA has rank 32 and alpha
     64.
@@ -56,22 +58,22 @@ class FlowGRPOTrainer(DGPOTrainer):
     _record_type = Trajectory
     _trains_offline = False
 
-    def _sample_and_score(self, round: int, rows: list[dict]) -> tuple[dict[str, Tensor], Tensor, Scores]:
-        steps = self._stochastic_steps(round)
-        self._visited: list[tuple[Tensor, Tensor, Tensor]] = []
-        sampled, images, scores = super()._sample_and_score(round, rows)
-        sub_batches = [self._visited[i : i + len(steps)] for i in range(0, len(self._visited), len(steps))]
-        del self._visited
-        latents = [
-            torch.stack([sub_batch[0][0], *(x_next for _, x_next, _ in sub_batch)], 1) for sub_batch in sub_batches
-        ]
-        log_probs = [torch.stack([log_prob for *_, log_prob in sub_batch], 1) for sub_batch in sub_batches]
-        trajectory = {
-            "latents": torch.cat(latents),
-            "log_probs": torch.cat(log_probs),
-            "steps": torch.tensor(steps).repeat(len(rows), 1),
-        }
-        return {**sampled, **trajectory}, images, scores
+    def _sample_and_score(
+        self, round: int, rows: list[dict], view: str | None
+    ) -> tuple[dict[str, Tensor], Tensor, Scores]:
+        steps, device = self._stochastic_steps(round), self.args.device
+        # One piece of memory from the start, that nothing is ever copied together from.
+        self._visited = _Visited(
+            steps[0],
+            torch.empty(len(rows), len(steps) + 1, *self._latent_shape, device=device),
+            torch.empty(len(rows), len(steps), device=device),
+        )
+        try:
+            sampled, images, scores = super()._sample_and_score(round, rows, view)
+            trajectory = {"latents": self._visited.latents, "log_probs": self._visited.log_probs}
+        finally:
+            del self._visited
+        return {**sampled, **trajectory, "steps": torch.tensor(steps).repeat(len(rows), 1)}, images, scores
 
     def _sample(self, *args, step_noise: Callable | None = None, **kwargs) -> Iterator:
         if step_noise is not None:  # a rollout, not an evaluation
@@ -81,7 +83,7 @@ class FlowGRPOTrainer(DGPOTrainer):
     def _keep(self, step: int, x_t: Tensor, velocity: Tensor, x_next: Tensor) -> None:
         coefficients = self._coefficients[step]
         errors = denoising_error(velocity, flow_sde_target(x_t, x_next, coefficients))
-        self._visited.append((x_t, x_next, step_log_prob(errors, coefficients.velocity, coefficients.std)))
+        self._visited.add(step, x_t, x_next, step_log_prob(errors, coefficients.velocity, coefficients.std))
 
     def _step_noise(self, round: int, keys: list[tuple[int, int]]) -> Callable[[slice, int], Tensor | None]:
         noise, steps = super()._step_noise(round, keys), self._stochastic_steps(round)
@@ -89,7 +91,7 @@ class FlowGRPOTrainer(DGPOTrainer):
 
     def _stochastic_steps(self, round: int) -> list[int]:
         """Numbers of a round's stochastic steps, consecutive ones."""
-        args, allowed = self.args, self._steps
+        args, allowed = self.args, self._allowed_steps
         places = len(allowed) - (args.num_sde_steps or len(allowed)) + 1
         if args.sde_window == "random":
             first = int(torch.randint(places, (), generator=generator(args.seed, "window", round)))
@@ -97,10 +99,25 @@ class FlowGRPOTrainer(DGPOTrainer):
             first = round % places
         return allowed[first : len(allowed) - places + 1 + first]
 
-    def _train_levels(self, args: FlowGRPOConfig) -> Tensor:
-        sigmas = self.backbone.sigmas(args.sample_num_steps)
+    @cached_property
+    def _coefficients(self) -> list[SDECoefficients]:
+        """How each step of a rollout but the last is taken where it is stochastic."""
+        return self.backbone.sde_coefficients(self.args.sample_num_steps, noise_level=self.args.noise_level)
+
+    @cached_property
+    def _allowed_steps(self) -> list[int]:
+        """Numbers of the steps that may be stochastic, consecutive ones."""
+        args, sigmas = self.args, self.backbone.sigmas(self.args.sample_num_steps)
         allowed = trainable_levels(sigmas, args.t_min, self.backbone.shift_factor, t_max=args.t_max)
-        allowed = allowed[allowed < args.sample_num_steps - 1]
+        return allowed[allowed < args.sample_num_steps - 1].tolist()
+
+    def _train_levels(self, args: FlowGRPOConfig) -> Tensor:
+        if args.merge_adapter and not self.merges_exactly:
+            raise ValueError(
+                "`merge_adapter` is on, and merging rounds the weights, which are not all in float32: the rollouts' "
+                "probabilities would be those of another policy than the one that is trained. Leave it unset."
+            )
+        sigmas, allowed = self.backbone.sigmas(args.sample_num_steps), self._allowed_steps
         for name in ("num_sde_steps", "num_train_timesteps"):
             if (getattr(args, name) or 1) > len(allowed):
                 raise ValueError(
@@ -110,26 +127,44 @@ class FlowGRPOTrainer(DGPOTrainer):
                     f"{[round(sigma, 3) for sigma in sigmas[allowed].tolist()]}. Set `{name}` lower, or raise "
                     "`sample_num_steps`."
                 )
-        self._steps = allowed.tolist()
-        self._coefficients = self.backbone.sde_coefficients(args.sample_num_steps, noise_level=args.noise_level)
         return sigmas[allowed]
 
+    def _draw_steps(self, round: int, iteration: int) -> list[int]:
+        """
+        Which of the trajectory's steps a pass trains on, by their places in it.
+
+        The passes of a round walk through one permutation after the other, so that every step is trained on before any
+        is again.
+        """
+        count, order = self.buffer.record.log_probs.shape[1], []
+        for number in range(iteration + 1):
+            if len(order) < self.args.num_train_timesteps:
+                fresh = torch.randperm(count, generator=generator(self.args.seed, "levels", round, number)).tolist()
+                # What is left of the last comes first, and again as the last: no pass has a step twice.
+                order += sorted(fresh, key=order.__contains__)
+            drawn, order = order[: self.args.num_train_timesteps], order[self.args.num_train_timesteps :]
+        return drawn
+
     def _draw_levels(self, round: int, iteration: int) -> list[float]:
-        steps = self.buffer.record.steps[0] - self._steps[0]
-        order = torch.randperm(len(steps), generator=generator(self.args.seed, "levels", round, iteration))
-        return self._levels[steps[order[: self.args.num_train_timesteps]]].tolist()
+        first = int(self.buffer.record.steps[0, 0]) - self._allowed_steps[0]
+        return [self._levels[first + step].item() for step in self._draw_steps(round, iteration)]
+
+    def _part(self, round: int, iteration: int, update: int) -> _StepsPart:
+        part = super()._part(round, iteration, update)
+        fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        return _StepsPart(**fields, steps=self._draw_steps(round, iteration))
 
     def _noise(self, rollout: Rollout, key: tuple[int, int, int]) -> None:
         """None: it is in the trajectory."""
 
-    def _step(self, part: _Part, level: int) -> tuple[int, SDECoefficients]:
+    def _step(self, part: _StepsPart, level: int) -> tuple[int, SDECoefficients]:
         """Which of the trajectory's steps a level is, and how it was taken."""
-        step = self._steps[self._levels.tolist().index(part.sigmas[level])]
-        return step - int(part.rollout.steps[0, 0]), self._coefficients[step]
+        step = part.steps[level]
+        return step, self._coefficients[int(part.rollout.steps[0, step])]
 
     def _predict(
         self,
-        part: _Part,
+        part: _StepsPart,
         rows: slice | Tensor,
         level: int,
         *,
@@ -151,7 +186,9 @@ class FlowGRPOTrainer(DGPOTrainer):
             )
         return velocity, flow_sde_target(x_t, x_next, coefficients)
 
-    def _preference_loss(self, errors: Tensor, part: _Part, fixed: _Fixed, batch: _MicroBatch, level: int) -> Tensor:
+    def _preference_loss(
+        self, errors: Tensor, part: _StepsPart, fixed: Fixed, batch: MicroBatch, level: int
+    ) -> Tensor:
         number, coefficients = self._step(part, level)
         log_probs = step_log_prob(errors, coefficients.velocity, coefficients.std)
         old_log_probs = part.rollout.log_probs[batch.rows, number]
@@ -170,14 +207,32 @@ class FlowGRPOTrainer(DGPOTrainer):
             self._metrics["clip_ratio"].append(policy.clipped.float()[seen])
         return batch.share * policy.loss
 
-    def _kl(self, divergence: Tensor, part: _Part, level: int) -> Tensor:
+    def _kl(self, divergence: Tensor, part: _StepsPart, level: int) -> Tensor:
         _, coefficients = self._step(part, level)
         return step_kl(divergence, coefficients.velocity, coefficients.diffusion)
 
-    def _adapter_config(
-        self, args: FlowGRPOConfig, peft_config: LoraConfig | None, start: Adapter | None
-    ) -> LoraConfig | None:
-        if peft_config is None and start is None and not args.full_finetuning:
-            peft_config = lora_config(self.backbone.LORA_TARGETS)
-            peft_config.r, peft_config.lora_alpha = 32, 64
-        return super()._adapter_config(args, peft_config, start)
+
+@dataclass(frozen=True)
+class _StepsPart(Part):
+    """A part and which of the trajectory's steps each of its levels is."""
+
+    steps: list[int]
+
+
+@dataclass
+class _Visited:
+    """Where a round's trajectories are written while they are sampled, some rows after the other."""
+
+    first: int  # number of the first stochastic step
+    latents: Tensor  # (images, steps + 1, C, h, w)
+    log_probs: Tensor  # (images, steps)
+    done: int = 0  # rows
+
+    def add(self, step: int, x_t: Tensor, x_next: Tensor, log_probs: Tensor) -> None:
+        number, rows = step - self.first, slice(self.done, self.done + len(x_t))
+        if number == 0:
+            self.latents[rows, 0] = x_t
+        self.latents[rows, number + 1] = x_next
+        self.log_probs[rows, number] = log_probs
+        if number == self.log_probs.shape[1] - 1:
+            self.done = rows.stop

@@ -10,7 +10,7 @@ class GPOConfig(DGPOConfig):
     r"""
     Configuration class for the [`GPOTrainer`].
 
-    All parameters are those of [`DGPOConfig`]; these have other defaults, from the paper
+    All parameters are those of [`DGPOConfig`]; those listed have another default or meaning, from the paper
     ([2505.11070](https://huggingface.co/papers/2505.11070)) where it names a number.
 
     Parameters:
@@ -40,6 +40,9 @@ class GPOConfig(DGPOConfig):
             Rollouts always come from the policy.
         learning_rate (`float`, *optional*):
             1e-4 with LoRA, which is ours, since the paper trains the whole network; 2e-8 without (paper).
+
+    Raises:
+        `ValueError`: as [`DGPOConfig`].
     """
 
     learning_rate: float | None = field(
@@ -66,10 +69,9 @@ class GPOConfig(DGPOConfig):
     _loss_types = ("linear", "logsigmoid")
 
     @property
-    def has_gate(self) -> bool:
+    def reads_reference(self) -> bool:
         return self.loss_type == "logsigmoid"
 
-    def __post_init__(self):
-        if self.learning_rate is None:
-            self.learning_rate = 2e-8 if self.full_finetuning else 1e-4
-        super().__post_init__()
+    @property
+    def _default_learning_rate(self) -> float:
+        return 2e-8 if self.full_finetuning else 1e-4
