@@ -178,6 +178,7 @@ def test_arguments_of_the_command_are_fields_of_the_round():
     )
 
 
+@pytest.mark.slow
 def test_the_rewards_benchmark_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     rewards.main(["--quick", "--output", str(tmp_path / "figures.json")])

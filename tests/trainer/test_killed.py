@@ -24,7 +24,7 @@ SEED = 0
 @pytest.mark.parametrize(
     ("processes", "kills"),
     [
-        pytest.param(1, 2, id="1-process-twice"),
+        pytest.param(1, 2, id="1-process-twice", marks=pytest.mark.slow),
         pytest.param(2, 1, id="2-processes-once"),
         pytest.param(1, 10, id="1-process-10-times", marks=pytest.mark.slow),
         pytest.param(2, 10, id="2-processes-10-times", marks=pytest.mark.slow),

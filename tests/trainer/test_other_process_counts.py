@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 
@@ -26,6 +27,7 @@ CONFIG = {
 }
 
 
+@pytest.mark.slow
 def test_one_goes_on_as_two_and_two_as_one(tmp_path, caplog):
     from tiny_trainers import relative_error, same
 
