@@ -15,12 +15,11 @@ import argparse
 import copy
 import json
 import logging
-import math
 import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -494,6 +493,8 @@ def sample(argv: list[str]) -> int:
 
 def collect(argv: list[str]) -> int:
     """`trl-dgpo collect`: rollouts of a model, scored and kept, for training without rollouts of its own."""
+    import torch
+
     with _users_mistakes():
         script, args, model = parse(argv, CollectArguments, "collect")
         if script.num_rounds < 1:
@@ -511,7 +512,8 @@ def collect(argv: list[str]) -> int:
         rollouts = trainer.collect_rollouts(script.num_rounds)
         if trainer.is_world_process_zero():
             rollouts.save_to_disk(output)
-            print(f"{len(rollouts)} rollouts are in {output}; their mean reward is {_mean(rollouts['reward']):.4f}.")
+            mean = torch.tensor(rollouts["reward"][:], dtype=torch.float64).nanmean()  # of those that did not fail
+            print(f"{len(rollouts)} rollouts are in {output}; their mean reward is {mean:.4f}.")
         trainer.end()
     return 0
 
@@ -874,12 +876,6 @@ def _writable(path: Path) -> Path:
         raise ValueError(f"{taken[0]!r} is a file, and a folder is wanted there. Give another name.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _mean(rewards: Iterable[float]) -> float:
-    """The mean of those that did not fail."""
-    known = [reward for reward in rewards if not math.isnan(reward)]
-    return sum(known) / len(known) if known else math.nan
 
 
 def _print_table(columns: dict[str, dict[str, float]]) -> None:

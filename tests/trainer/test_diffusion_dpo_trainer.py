@@ -159,7 +159,7 @@ def test_groups_of_two_are_dgpos(tmp_path, loss_type):
 
 class _WithoutEpsilon(DGPOTrainer):
     def _advantages(self, rewards, group_index):
-        return super()._advantages(rewards, group_index).sign()
+        return {name: values.sign() for name, values in super()._advantages(rewards, group_index).items()}
 
 
 def test_a_failed_sample_acts_as_if_it_had_not_been_drawn(tmp_path):

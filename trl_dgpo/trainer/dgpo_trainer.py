@@ -650,7 +650,8 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         if self.is_world_process_zero():
             self._constants.update(by_name)
         weighed = self._weighed(rewards, by_name, group_index)
-        advantages = self._advantages(weighed, group_index)
+        learned = self._advantages(weighed, group_index)
+        advantages = learned["advantages"]
         frac_zero_std = zero_variance(weighed, group_index).float().mean().item()
         self._log_rewards(rewards, group_index, frac_zero_std, advantages, by_name)
         for name, values in scores.metrics.items():
@@ -660,11 +661,10 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             **sampled,
             conditioning=conditioning,
             rewards=rewards[own].float(),
-            advantages=advantages[own].float(),
             group_index=self._group_index,
             number_in_group=self._number_in_group,
             group_sizes=group_index[~rewards.isnan()].bincount(minlength=args.prompts_per_round)[groups],
-            **{name: values[own].float() for name, values in self._beside_advantages(weighed, group_index).items()},
+            **{name: values[own].float() for name, values in learned.items()},
         )
         scored = ScoredImages(
             round=round,
@@ -679,20 +679,17 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         )
         return rollout, scored
 
-    def _advantages(self, rewards: Tensor, group_index: Tensor) -> Tensor:
-        """Weights of a round's images, of all processes, in the objective."""
+    def _advantages(self, rewards: Tensor, group_index: Tensor) -> dict[str, Tensor]:
+        """What the record keeps that follows from a round's rewards: one row for each image of all processes."""
         args = self.args
-        return group_advantages(
+        advantages = group_advantages(
             rewards,
             group_index,
             scale=args.scale_rewards,
             clip=args.advantage_clip,
             recenter_clipped=args.recenter_clipped,
         )
-
-    def _beside_advantages(self, rewards: Tensor, group_index: Tensor) -> dict[str, Tensor]:
-        """What else the record keeps that follows from a round's rewards, one row for each image of all processes."""
-        return {}
+        return {"advantages": advantages}
 
     def _sample_and_score(
         self, round: int, rows: list[dict], view: str | None

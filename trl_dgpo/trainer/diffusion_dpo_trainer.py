@@ -56,22 +56,17 @@ class DiffusionDPOTrainer(DGPOTrainer):
     _config_class = DiffusionDPOConfig
     _record_type = Preferences
 
-    def _preferences(self, rewards: Tensor, group_index: Tensor) -> Tensor:
+    def _advantages(self, rewards: Tensor, group_index: Tensor) -> dict[str, Tensor]:
         numbers = self._gather(self._number_in_group)
-        return preference_pairs(
+        preferences = preference_pairs(
             rewards, group_index, numbers, self.args.num_generations, selection=self.args.pair_selection
         )
-
-    def _advantages(self, rewards: Tensor, group_index: Tensor) -> Tensor:
-        return self._preferences(rewards, group_index).sum(1)
-
-    def _beside_advantages(self, rewards: Tensor, group_index: Tensor) -> dict[str, Tensor]:
-        preferences = self._preferences(rewards, group_index)
         # The weights of a group's pairs add up to 1, and an image's to its advantage.
-        total = (preferences.sum(1) * rewards.nan_to_num(0.0)).sum()
+        advantages = preferences.sum(1)
+        total = (advantages * rewards.nan_to_num(0.0)).sum()
         self._metrics["pair_margin"].append((total / preferences.clamp(min=0).sum()).item())
         self._metrics["num_pairs"].append((preferences > 0).sum().item())
-        return {"preferences": preferences}
+        return {"advantages": advantages, "preferences": preferences}
 
     def _moves(self, rollout: Preferences) -> Tensor:
         # Not by the advantage, which is 0 too where wins and losses are equally many.

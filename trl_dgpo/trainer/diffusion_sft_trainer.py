@@ -81,8 +81,8 @@ class DiffusionSFTTrainer(DGPOTrainer):
         sampled, images, scores = super()._read_and_score(round, rows)
         return sampled, images, scores._replace(by_name={})  # of the best images alone they say nothing
 
-    def _advantages(self, rewards: Tensor, group_index: Tensor) -> Tensor:
-        return torch.ones_like(rewards)
+    def _advantages(self, rewards: Tensor, group_index: Tensor) -> dict[str, Tensor]:
+        return {"advantages": torch.ones_like(rewards)}
 
     def _preference_loss(self, errors: Tensor, part: Part, fixed: Fixed, batch: MicroBatch, level: int) -> Tensor:
         return batch.share * group_mean(errors, batch.group_index, **batch.sizes)
