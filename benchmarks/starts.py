@@ -3,9 +3,9 @@ Other starts than the bundled model, and pictures that are trained on in place o
 beside runs.
 
 The bundled model is the start of noisy captions: it has learned all letters and then lost its confidence. `stopped`
-is as accurate because its training stopped early, hence without that knowledge. `stronger` is the bundled model after
-some more training on true captions: a better model whose groups still differ in their rewards. Autoencoder and text
-encoders are the bundled ones in all.
+is nearly as accurate because its training stopped early, hence without that knowledge. `stronger` is the bundled model
+after some more training on true captions: a better model whose groups still differ in their rewards. Autoencoder and
+text encoders are the bundled ones in all.
 
 A folder's name tells what it was made of, so that another number of steps is another folder.
 """

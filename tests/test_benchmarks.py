@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -656,3 +657,14 @@ def test_reduced_comparison_and_ablations_run(tmp_path, monkeypatch):
     assert all(row["result"]["marks"][-1]["steps"] > 0 for row in evidence.rows)
     assert len({row["block"] for row in evidence.rows}) == 12
     assert "Reduced runs" in (tmp_path / "results.md").read_text()
+
+
+def test_the_readme_says_what_the_results_do():
+    page = (ROOT / "docs" / "results.md").read_text()
+    lines = iter((ROOT / "README.md").read_text().splitlines())
+    assert any("CPU seconds to 0.80" in line for line in lines)
+    rows = [line.strip("| ").split(" | ") for line in itertools.takewhile(str.strip, lines)][1:]
+    assert len(rows) == 6
+    for _, seconds, accuracy in rows:
+        assert f"| {seconds} |" in page
+        assert f"| {accuracy} |" in page

@@ -130,6 +130,8 @@ AUTHORS = {
 }
 # Of other papers, or ours.
 OTHERS = {"sd35_gpo", "sd35_flow_grpo", "sd35_diffusion_dpo", "sd35_pickapic"}
+# Of the comparison's search: method and schedule.
+COMPARED = {"tiny_flow_grpo": ("flow_grpo", "short"), "tiny_diffusion_dpo": ("online_dpo", "short")}
 # What the recipe leaves to the command line.
 REST = {"sd35_pickscore": ("--dataset_name", "prompts.txt")}
 
@@ -149,7 +151,7 @@ def kept_levels(args: DGPOConfig) -> int:
 
 
 def test_there_are_the_recipes_that_were_promised():
-    assert RECIPES.keys() == PUBLISHED.keys() | OTHERS | {"tiny_ocr", "tiny_ocr_jpeg", "tiny_gpo"}
+    assert RECIPES.keys() == PUBLISHED.keys() | OTHERS | COMPARED.keys() | {"tiny_ocr", "tiny_ocr_jpeg", "tiny_gpo"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -177,6 +179,8 @@ def test_rounds_and_levels_are_those_of_the_authors():
         "tiny_ocr": 72,
         "tiny_ocr_jpeg": 72,
         "tiny_gpo": 72,
+        "tiny_flow_grpo": 72,
+        "tiny_diffusion_dpo": 72,
     }
     # trunc_steps is the last index that is kept: 6 and 4.
     on_grid = {name: kept_levels(config(name)) for name in ("sd35_ocr", "sd35_geneval", "sd35_pickscore", "sd35_gpo")}
@@ -255,6 +259,18 @@ def test_the_tiny_recipes_are_the_examples(trainer, monkeypatch):
     differing = {f.name for f in fields(ours) if getattr(ours, f.name) != getattr(theirs, f.name)}
     assert differing <= {"output_dir", "run_name"}
     assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (16, 32, 0.0)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_the_tiny_baselines_are_the_comparisons(name, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES.parent / "benchmarks")
+    compare, runs = (importlib.import_module(module) for module in ("compare", "runs"))
+    method, schedule = COMPARED[name]
+    _, args, model = read(name)
+    expected = runs.COMMON | compare.METHODS[method][1][schedule]
+    assert {field: getattr(args, field) for field in expected} == expected
+    assert args.learning_rate in compare.RATES
+    assert (model.lora_r, model.lora_alpha) == runs.Run("", "", 0.0, 0.0).lora
 
 
 def test_a_recipe_trains_and_writes_its_outputs(tmp_path, capsys):

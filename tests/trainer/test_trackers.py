@@ -11,14 +11,15 @@ import pytest
 from PIL import Image
 
 
-# In its own process: trackio reads its folder's name once, when it is imported.
+# In its own process: trackio reads its folder's name once, when it is imported. It reads its store there too, since
+# importing it takes long.
 SCRIPT = """
-import sys
+import json
 from pathlib import Path
 from tiny_trainers import prompt_dataset, tiny_trainer
 
 trainer = tiny_trainer(
-    Path(sys.argv[1]) / "run",
+    "run",
     report_to=["tensorboard", "trackio"],
     project="pictures",
     eval_dataset=prompt_dataset("held out", "also"),
@@ -29,26 +30,19 @@ trainer = tiny_trainer(
     log_completions=True,
 )
 trainer.train()
-"""
-READ = """
-import json
-import sys
+
 from trackio.sqlite_storage import SQLiteStorage
 from trackio.utils import MEDIA_DIR
 
 [run] = SQLiteStorage.get_runs("pictures")
-print(json.dumps({"media": str(MEDIA_DIR), "logs": SQLiteStorage.get_logs("pictures", run)}, default=str))
+store = {"media": str(MEDIA_DIR), "logs": SQLiteStorage.get_logs("pictures", run)}
+Path("trackio.json").write_text(json.dumps(store, default=str))
 """
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("trackers")
-    python(directory, SCRIPT, str(directory))
-    return directory
-
-
-def python(directory: Path, script: str, *arguments: str) -> str:
     tests = Path(__file__).parent.parent
     environment = {
         **os.environ,
@@ -56,10 +50,10 @@ def python(directory: Path, script: str, *arguments: str) -> str:
         "HF_HUB_OFFLINE": "1",
         "TRACKIO_DIR": str(directory / "trackio"),
     }
-    command = [sys.executable, "-c", script, *arguments]
+    command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return directory
 
 
 def grid(run: Path, step: int) -> Image.Image:
@@ -85,7 +79,7 @@ def test_tensorboard_shows_the_fixed_prompts(run):
 
 
 def test_trackio_shows_the_fixed_prompts_and_the_table(run):
-    store = json.loads(python(run, READ).splitlines()[-1])
+    store = json.loads((run / "trackio.json").read_text())
     shown = {log["train/global_step"]: log["samples"] for log in store["logs"] if "samples" in log}
     assert sorted(shown) == [0, 2, 3]
     for step, image in shown.items():

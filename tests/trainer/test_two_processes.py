@@ -1,4 +1,4 @@
-"""Two processes on the CPU, as `torchrun` starts them, against one."""
+"""Two processes on the CPU, as `torchrun` starts them, against one, which is this."""
 
 import json
 import os
@@ -11,40 +11,39 @@ import pytest
 import torch
 
 
-LAUNCHERS = {
-    "one": [sys.executable],
-    "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-}
-
-
-def launch(name: str, what: str, output: Path) -> str:
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, str]:
+    """What two processes left in a folder and told: started once, since their imports take longer than all else."""
+    folder = tmp_path_factory.mktemp("two")
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))
-    command = [*LAUNCHERS[name], __file__, what, str(output)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, __file__, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+    return folder, done.stderr
 
 
-def test_two_processes_learn_what_one_learns(tmp_path):
-    for name in LAUNCHERS:
-        launch(name, "learn", tmp_path / name)
-    one, first, second = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one.0", "two.0", "two.1"))
+def test_two_processes_learn_what_one_learns(two, tmp_path):
+    folder, _ = two
+    learn(tmp_path / "learn")
+    files = (tmp_path / "learn.0.pt", folder / "learn.0.pt", folder / "learn.1.pt")
+    one, first, second = (torch.load(file, weights_only=True) for file in files)
     assert all(torch.equal(first[name], second[name]) for name in first)
     difference = sum((first[n] - one[n]).square().sum() for n in one).sqrt()
     assert difference < 1e-5 * sum(weight.square().sum() for weight in one.values()).sqrt()
-    logs = {name: json.loads((tmp_path / f"{name}.0.json").read_text()) for name in LAUNCHERS}
-    for mine, theirs in zip(logs["one"], logs["two"], strict=True):
+    logs = [json.loads((where / "learn.0.json").read_text()) for where in (tmp_path, folder)]
+    for mine, theirs in zip(*logs, strict=True):
         assert mine.keys() == theirs.keys()
         # Every number is of both processes' images, but for the seconds.
         for key in [key for key in mine if not re.search("time|second", key)]:
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
-    assert (tmp_path / "two" / "pytorch_lora_weights.safetensors").is_file()
+    assert (folder / "learn" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_what_scoring_raises_in_one_process_ends_both(tmp_path):
-    stderr = launch("two", "fail", tmp_path / "run")
-    first, second = (json.loads((tmp_path / f"run.{rank}.json").read_text()) for rank in range(2))
+def test_what_scoring_raises_in_one_process_ends_both(two):
+    folder, stderr = two
+    first, second = (json.loads((folder / f"fail.{rank}.json").read_text()) for rank in range(2))
     text = "RewardOutputError: Reward `short` returned {} values for {} images; it must return one each."
     told = "RuntimeError: Scoring failed in 1 of 2 processes. process 1: "
     # In training, where images are scored as they arrive; then in evaluation, where the second has one image.
@@ -104,4 +103,5 @@ def learn(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"learn": learn, "fail": fail}[sys.argv[1]](Path(sys.argv[2]))
+    for part in (learn, fail):
+        part(Path(sys.argv[1]) / part.__name__)
