@@ -121,7 +121,7 @@ def _timestep_clip(dgpo: Run) -> list[Row]:
 def _sharpness(dgpo: Run) -> list[Row]:
     claims = {
         100: (),
-        1: (f"{AUTHORS}: 1 is unstable", "-"),
+        1: (f"{AUTHORS}: 1 is unstable (judged by its end alone)", "-"),
         10: (f"{AUTHORS}: 10 to 1000 are fine", "0"),
         1000: (f"{AUTHORS}: 10 to 1000 are fine", "0"),
     }
@@ -138,7 +138,12 @@ def _pairs(dpo: Run) -> list[Row]:
         "min": (f"{GPO_PAPER}, figure 2: worse than MAX, with ALL between", "-"),
     }
     return [
-        Row("Pairs of Diffusion-DPO", _vary(dpo, f"{kind.upper()} pairs", pair_selection=kind), "ALL pairs", *claim)
+        Row(
+            "Pairs of Diffusion-DPO",
+            _vary(dpo, f"{kind.upper()} pairs", pair_selection=kind),
+            "MAX pairs" if kind == "min" else "ALL pairs",
+            *claim,
+        )
         for kind, claim in claims.items()
     ]
 
@@ -194,7 +199,7 @@ def _levels(gpo: Run) -> list[Row]:
         )
         for name, t_min, t_max, claim in (
             ("all levels", 0.0, 1.0, ()),
-            ("low noise only", 0.0, 0.5, (f"{GPO_PAPER}: oscillates", "-")),
+            ("low noise only", 0.0, 0.5, (f"{GPO_PAPER}: oscillates (judged by its end alone)", "-")),
             ("high noise only", 0.5, 1.0, (f"{GPO_PAPER}: converges, but slower", "-")),
         )
     ]
