@@ -608,8 +608,8 @@ def write_page(comparison: Comparison, ablations: Ablations | None, docs: Path) 
         "The same of transformer forwards, and of images:",
         *(comparison.ratio_table([*others, *comparison.published], ours, axis) for axis in ("forwards", "images")),
         "## The search",
-        f"OCR at the end of runs of {_seconds_of(comparison)} CPU seconds (mean of the last two evaluations), one seed "
-        "that no later run has, on held-out prompts that no later figure is of. Bold: what went on. Schedules: "
+        f"OCR at the end of runs of {_seconds_of(comparison)} CPU seconds (mean of the last two evaluations), one "
+        "seed that no later run has, on held-out prompts that no later figure is of. Bold: what went on. Schedules: "
         "*matched*, six rollout steps, two levels of the noisy half, two updates a round; *short*, the same with four "
         "rollout steps; *own*, the authors' levels.",
         comparison.search_table(),
