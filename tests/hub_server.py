@@ -102,6 +102,7 @@ class HubServer:
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": TOKEN,
             "HF_HOME": str(home),
+            "MPLCONFIGDIR": str(home),  # or its font cache waits for another process's lock, and gives up
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
