@@ -337,7 +337,7 @@ class Clock(TrainerCallback):
         self._images = self._forwards = 0
         self._counts = True
         # The last layer, for PEFT goes by the transformer's own hooks.
-        trainer.backbone.transformer.proj_out.register_forward_pre_hook(self._count)
+        trainer.backbone.denoiser.proj_out.register_forward_pre_hook(self._count)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._evaluate(state.global_step, 0.0, 0.0)

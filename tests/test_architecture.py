@@ -97,7 +97,7 @@ def test_each_library_is_known_in_few_places(library, rooms):
 
 def test_the_reader_of_imports_reads_them_all():
     assert "trl_dgpo.rollout.Rollout" in imports("rollout_dataset.py")
-    assert "trl_dgpo.noising" in imports("backbones/sd3.py")
+    assert "trl_dgpo.noising" in imports("backbones/flow.py")
     assert rooms_used("trainer/base_trainer.py") >= {"evaluation", "rewards", "policy", "backbones"}
 
 

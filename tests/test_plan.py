@@ -397,7 +397,7 @@ def test_views_are_the_trainers(folder, tmp_path, trainer_class, config):
 def test_a_guided_policy_is_trained_with_two_rows_an_image(folder, tmp_path, guidance_scale):
     trainer = tiny_trainer(tmp_path, FlowGRPOTrainer, model=str(folder), sample_guidance_scale=guidance_scale)
     rows = set()
-    trainer.backbone.transformer.proj_out.register_forward_pre_hook(
+    trainer.backbone.denoiser.proj_out.register_forward_pre_hook(
         lambda module, inputs: rows.add(len(inputs[0])) if torch.is_grad_enabled() else None
     )
     trainer.train()

@@ -59,6 +59,76 @@ def flow_target(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
+def flow_clean(x_t: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
+    r"""
+    Clean latent that a velocity points to, \\( \hat x_0 = x_t - \sigma v \\).
+
+    Args:
+        x_t (`torch.Tensor` of shape `(B, ...)`):
+            Noised latents.
+        velocity (`torch.Tensor` of shape `(B, ...)`):
+            Velocities there.
+        sigma (`float` or `torch.Tensor` of shape `(B,)`):
+            Noise level in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`.
+    """
+    return x_t - _per_sample(sigma, x_t) * velocity
+
+
+def flow_renoise(x_s: Tensor, noise: Tensor, sigma: Tensor | float, to: Tensor | float) -> Tensor:
+    r"""
+    A latent at one level noised on to a higher one, \\( x_\tau = \alpha x_s + b \epsilon \\) with \\( \alpha =
+    \frac{1 - \tau}{1 - \sigma} \\) and \\( b = \sqrt{\tau^2 - \sigma^2 \alpha^2} \\), as if \\( x_0 \\) had been
+    ([2603.07700](https://huggingface.co/papers/2603.07700)).
+
+    Args:
+        x_s (`torch.Tensor` of shape `(B, ...)`):
+            Latents at `sigma`.
+        noise (`torch.Tensor` of shape `(B, ...)`):
+            Standard normal noise, of what is added.
+        sigma (`float` or `torch.Tensor` of shape `(B,)`):
+            Their level, in [0, 1).
+        to (`float` or `torch.Tensor` of shape `(B,)`):
+            The level wanted, in (`sigma`, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`.
+    """
+    alpha, b = _renoising(_per_sample(sigma, x_s), _per_sample(to, x_s))
+    return alpha * x_s + b * noise
+
+
+def flow_renoise_target(x_s: Tensor, noise: Tensor, sigma: Tensor | float, to: Tensor | float) -> Tensor:
+    r"""
+    Velocity of [`flow_renoise`]'s path at its end, \\( \frac{d x_\tau}{d \tau} = - \frac{x_s}{1 - \sigma} +
+    \frac{\epsilon}{b} \left( \tau + \frac{\sigma^2 \alpha}{1 - \sigma} \right) \\); of a clean `x_s` the velocity of
+    flow matching.
+
+    Args:
+        x_s (`torch.Tensor` of shape `(B, ...)`):
+            Latents at `sigma`.
+        noise (`torch.Tensor` of shape `(B, ...)`):
+            The noise that was added.
+        sigma (`float` or `torch.Tensor` of shape `(B,)`):
+            Their level.
+        to (`float` or `torch.Tensor` of shape `(B,)`):
+            The level that they were noised to.
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`.
+    """
+    sigma, to = _per_sample(sigma, x_s), _per_sample(to, x_s)
+    alpha, b = _renoising(sigma, to)
+    return -x_s / (1 - sigma) + noise / b * (to + sigma**2 * alpha / (1 - sigma))
+
+
+def _renoising(sigma: Tensor | float, to: Tensor | float) -> tuple[Tensor | float, Tensor | float]:
+    alpha = (1 - to) / (1 - sigma)
+    return alpha, (to**2 - (sigma * alpha) ** 2) ** 0.5
+
+
 def ddpm_noise(x0: Tensor, noise: Tensor, alpha_bar: Tensor | float) -> Tensor:
     r"""
     Noised latent of DDPM, \\( x_t = \sqrt{\bar\alpha} x_0 + \sqrt{1 - \bar\alpha} \epsilon \\).
@@ -103,6 +173,37 @@ def ddpm_target(x0: Tensor, noise: Tensor, alpha_bar: Tensor | float, *, predict
     if prediction_type == "v_prediction":
         alpha_bar = _per_sample(alpha_bar, x0)
         return alpha_bar**0.5 * noise - (1 - alpha_bar) ** 0.5 * x0
+    raise ValueError(f"`prediction_type` is {prediction_type!r}; it must be 'epsilon' or 'v_prediction'.")
+
+
+def ddpm_clean(
+    x_t: Tensor, prediction: Tensor, alpha_bar: Tensor | float, *, prediction_type: str = "epsilon"
+) -> Tensor:
+    r"""
+    Clean latent that a prediction means: \\( (x_t - \sqrt{1 - \bar\alpha} \epsilon) / \sqrt{\bar\alpha} \\), or \\(
+    \sqrt{\bar\alpha} x_t - \sqrt{1 - \bar\alpha} v \\).
+
+    Args:
+        x_t (`torch.Tensor` of shape `(B, ...)`):
+            Noised latents.
+        prediction (`torch.Tensor` of shape `(B, ...)`):
+            What the network predicts there.
+        alpha_bar (`float` or `torch.Tensor` of shape `(B,)`):
+            Cumulative product of alphas.
+        prediction_type (`str`, *optional*, defaults to `"epsilon"`):
+            `"epsilon"` or `"v_prediction"`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`.
+
+    Raises:
+        `ValueError`: for any other `prediction_type`.
+    """
+    alpha_bar = _per_sample(alpha_bar, x_t)
+    if prediction_type == "epsilon":
+        return (x_t - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
+    if prediction_type == "v_prediction":
+        return alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * prediction
     raise ValueError(f"`prediction_type` is {prediction_type!r}; it must be 'epsilon' or 'v_prediction'.")
 
 

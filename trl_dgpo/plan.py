@@ -48,8 +48,9 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .backbones import access, check_family, read_index
-from .backbones.sd3 import DECODED_PIXELS, SD3Backbone
+from .backbones import access, family, read_index
+from .backbones.base import DECODED_PIXELS
+from .backbones.sd3 import SD3Backbone
 from .policy import lora_config
 from .tiny import BUNDLED, pipeline_source
 
@@ -320,7 +321,12 @@ def read_model(model: str | os.PathLike, args: Any, *, peft_config: LoraConfig |
         model, revision, peft_config = start.base_model_name_or_path, start.revision, start
     source = pipeline_source(os.fspath(model))
     index = read_index(source, revision, access(init_kwargs))
-    check_family({index["_class_name"]}, f"{source!r}, a {index['_class_name']}")
+    described = f"{source!r}, a {index['_class_name']}"
+    if family([index["_class_name"]], described) is not SD3Backbone:
+        raise ValueError(
+            f"`model` is {described}, which can be trained; a plan counts what the blocks of {SD3Backbone.PIPELINE} "
+            "save, and no others. Watch `torch.cuda.max_memory_allocated()` in a run of one round instead."
+        )
     left_out = {name for name, value in init_kwargs.items() if value is None}
     read = partial(_component, source, index, revision=revision, **access(init_kwargs))
     transformer, vae = read("transformer"), read("vae")

@@ -27,7 +27,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from tiny_models import tiny_random_pipeline
 
-from trl_dgpo.backbones import load_backbone, sd3
+from trl_dgpo.backbones import base, load_backbone
 from trl_dgpo.backbones.sd3 import SD3Backbone
 from trl_dgpo.noising import trainable_levels
 from trl_dgpo.policy import Policy
@@ -65,7 +65,7 @@ def noise(*shape, seed=0) -> torch.Tensor:
 def lora_model(backbone: SD3Backbone, rank: int = 4, **options):
     """The backbone's transformer with a LoRA that acts (B is not zero), the same in every call."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(backbone.LORA_TARGETS), **options)
-    model = get_peft_model(backbone.transformer, config)
+    model = get_peft_model(backbone.denoiser, config)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.device.type != "meta":
@@ -200,7 +200,7 @@ def test_samplers_turn_noise_into_the_data_where_the_velocity_is_known(sampler, 
         slope = (sigma - (1 - sigma) * s**2) / ((1 - sigma) ** 2 * s**2 + sigma**2)
         return (slope * (hidden_states - (1 - sigma) * m) - m,)
 
-    monkeypatch.setattr(backbone.transformer, "forward", exact_velocity)
+    monkeypatch.setattr(backbone.denoiser, "forward", exact_velocity)
     latents = noise(64, 4, 8, 8)
     step_noise = {"step_noise": lambda i: noise(64, 4, 8, 8, seed=i + 1)} if sampler == "sde" else {}
     x0 = backbone.sample(latents, backbone.encode(PROMPTS[:1] * 64), num_steps=40, guidance_scale=1.0, **step_noise)
@@ -288,9 +288,9 @@ def ode(backbone, latents, conditioning, steps):
 
 def test_stochastic_steps_are_kept_in_float32():
     backbone, kept = make_backbone(sampler="sde"), []
-    backbone.transformer.to(torch.bfloat16)
+    backbone.denoiser.to(torch.bfloat16)
     conditioning = {name: rows.bfloat16() for name, rows in backbone.encode(PROMPTS).items()}
-    calls = record_calls(backbone.transformer)
+    calls = record_calls(backbone.denoiser)
     x0 = backbone.sample(
         noise(2, 4, 8, 8),
         conditioning,
@@ -334,7 +334,7 @@ def test_the_coefficients_of_stochastic_steps(sigmas):
 def test_the_negative_side_of_guidance_has_no_gradient():
     backbone = make_backbone()
     conditioning, x_t = backbone.encode(PROMPTS), noise(2, 4, 8, 8)
-    weight = backbone.transformer.proj_out.weight.requires_grad_()
+    weight = backbone.denoiser.proj_out.weight.requires_grad_()
 
     def gradient(guidance_scale):
         prediction = backbone.predict(x_t, 0.5, conditioning, guidance_scale=guidance_scale)
@@ -347,7 +347,7 @@ def test_the_negative_side_of_guidance_has_no_gradient():
 def test_one_forward_a_step_of_twice_the_batch_with_guidance(guidance_scale, batch):
     backbone = make_backbone()
     conditioning = backbone.encode(PROMPTS)
-    calls = record_calls(backbone.transformer)
+    calls = record_calls(backbone.denoiser)
     backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=6, guidance_scale=guidance_scale)
     assert [len(call["hidden_states"]) for call in calls] == [batch] * 6
 
@@ -359,7 +359,11 @@ def test_a_grid_is_made_once(sampler, sigmas, monkeypatch):
     scheduler_class = type(backbone.scheduler)
     made, set_timesteps = [], scheduler_class.set_timesteps
     monkeypatch.setattr(
-        scheduler_class, "set_timesteps", lambda self, n, **_: made.append(n) or set_timesteps(self, n, **_)
+        scheduler_class,
+        "set_timesteps",
+        lambda self, num_inference_steps, **_: (
+            made.append(num_inference_steps) or set_timesteps(self, num_inference_steps, **_)
+        ),
     )
     # what would look for the first timestep, on a device
     monkeypatch.setattr(scheduler_class, "index_for_timestep", None)
@@ -391,26 +395,26 @@ def test_rollout_has_no_gradient_and_no_dropout_and_gives_the_mode_back():
     x0 = backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=2, guidance_scale=1.0)
     assert not x0.requires_grad
     assert torch.equal(x0, backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=2, guidance_scale=1.0))
-    assert all(module.training for module in backbone.transformer.modules())
+    assert all(module.training for module in backbone.denoiser.modules())
     with pytest.raises(ValueError, match="2 rows of encoder_hidden_states for 3 latents"):
         backbone.sample(noise(3, 4, 8, 8), conditioning, num_steps=2, guidance_scale=1.0)
-    assert backbone.transformer.training
+    assert backbone.denoiser.training
     model.eval()
     backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=2, guidance_scale=1.0)
-    assert not backbone.transformer.training
+    assert not backbone.denoiser.training
 
 
 def test_rollout_has_no_dropout_in_adapters_that_came_later():
     backbone = make_backbone()
     conditioning = backbone.encode(PROMPTS)
-    backbone.transformer.eval()
+    backbone.denoiser.eval()
     lora_model(backbone, lora_dropout=0.5)  # PEFT's dropout is born in training mode
-    modes = [module.training for module in backbone.transformer.modules()]
-    assert not backbone.transformer.training
+    modes = [module.training for module in backbone.denoiser.modules()]
+    assert not backbone.denoiser.training
     assert any(modes)
     rollouts = [backbone.sample(noise(2, 4, 8, 8), conditioning, num_steps=2, guidance_scale=1.0) for _ in range(2)]
     assert torch.equal(*rollouts)
-    assert modes == [module.training for module in backbone.transformer.modules()]
+    assert modes == [module.training for module in backbone.denoiser.modules()]
 
 
 # Encoding and decoding
@@ -458,8 +462,8 @@ def test_every_distinct_prompt_is_encoded_once():
 def test_a_distinct_prompt_is_copied_to_the_device_once(monkeypatch):
     backbone = make_backbone()
     copied = []
-    to_device = sd3.to_device
-    monkeypatch.setattr(sd3, "to_device", lambda t, device: copied.append(tuple(t.shape)) or to_device(t, device))
+    to_device = base.to_device
+    monkeypatch.setattr(base, "to_device", lambda t, device: copied.append(tuple(t.shape)) or to_device(t, device))
     conditioning = backbone.encode(["a", "b", "a", "a"])
     assert copied == [(2, 16 + LENGTH, 16), (2, 16), (4,)]  # two rows of each, and which row is whose
     for name, rows in conditioning.items():
@@ -488,7 +492,7 @@ def test_a_row_that_is_changed_does_not_change_what_is_kept():
 
 
 def test_only_the_last_prompts_are_kept(monkeypatch):
-    monkeypatch.setattr(sd3, "ENCODE_CACHE_SIZE", 2)
+    monkeypatch.setattr(base, "ENCODE_CACHE_SIZE", 2)
     backbone = make_backbone()
     calls = record_calls(backbone.pipeline.text_encoder)
     assert len(backbone.encode(["a", "b", "c"])["pooled_projections"]) == 3  # more than are kept
@@ -597,7 +601,7 @@ def test_offloaded_encoders_come_back_from_a_failure(monkeypatch):
 @pytest.mark.parametrize("offload", [False, True])
 def test_place_moves_everything_but_encoders_that_wait(offload, monkeypatch):
     backbone = make_backbone(True, offload_text_encoders=offload)
-    modules = [backbone.transformer, backbone.vae, *text_encoders(backbone)]
+    modules = [backbone.denoiser, backbone.vae, *text_encoders(backbone)]
     moves = record_moves(modules, monkeypatch)
     backbone.place("cpu:0")
     assert moves == [(i, "cpu" if offload and i > 1 else "cpu:0") for i in range(5)]
@@ -608,8 +612,8 @@ def test_place_moves_everything_but_encoders_that_wait(offload, monkeypatch):
 
 def test_what_was_quantised_or_dispatched_stays(monkeypatch):
     backbone = make_backbone(True, offload_text_encoders=True)
-    modules = [backbone.transformer, backbone.vae, *text_encoders(backbone)]
-    backbone.transformer.is_quantized = True
+    modules = [backbone.denoiser, backbone.vae, *text_encoders(backbone)]
+    backbone.denoiser.is_quantized = True
     backbone.pipeline.text_encoder.is_quantized = True
     backbone.pipeline.text_encoder_2.hf_device_map = {"": 0}
     add_hook_to_module(backbone.pipeline.text_encoder_3, ModelHook())
@@ -771,7 +775,7 @@ def test_predict_is_the_transformer_at_1000_sigma():
     x_t = noise(2, 4, 8, 8)
     velocity = backbone.predict(x_t, torch.tensor([0.9, 0.25]), conditioning)
     rows = [
-        backbone.transformer(
+        backbone.denoiser(
             hidden_states=x_t[[i]],
             timestep=torch.tensor([timestep]),
             encoder_hidden_states=conditioning["encoder_hidden_states"][[i]],
@@ -787,7 +791,7 @@ def test_predict_is_the_transformer_at_1000_sigma():
 def test_training_levels_reach_the_transformer_as_the_rollouts_timesteps():
     backbone = make_backbone()
     conditioning = backbone.encode(PROMPTS[:1])
-    calls = record_calls(backbone.transformer)
+    calls = record_calls(backbone.denoiser)
     backbone.sample(noise(1, 4, 8, 8), conditioning, num_steps=10, guidance_scale=1.0)
     for sigma in backbone.sigmas(10):
         backbone.predict(noise(1, 4, 8, 8), sigma, conditioning)
@@ -824,7 +828,7 @@ def test_predict_calls_the_given_model():
 
     class Double(torch.nn.Module):
         def forward(self, **kwargs):
-            return (2 * backbone.transformer(**kwargs)[0],)
+            return (2 * backbone.denoiser(**kwargs)[0],)
 
     velocity = backbone.predict(noise(2, 4, 8, 8), 0.5, conditioning)
     assert torch.equal(backbone.predict(noise(2, 4, 8, 8), 0.5, conditioning, model=Double()), 2 * velocity)
@@ -850,7 +854,7 @@ def test_gradient_checkpointing_changes_memory_not_gradients():
         model, _ = lora_model(backbone)
         if checkpointing:
             backbone.enable_gradient_checkpointing()
-        assert backbone.transformer.is_gradient_checkpointing == checkpointing
+        assert backbone.denoiser.is_gradient_checkpointing == checkpointing
         backbone.predict(
             noise(2, 4, 8, 8), 0.7, backbone.encode(PROMPTS), model=model.train()
         ).square().mean().backward()
@@ -904,7 +908,7 @@ def every_kind_of_forward(backbone: SD3Backbone, policy: Policy, views: tuple) -
 
 def scrambled_policy(backbone: SD3Backbone) -> Policy:
     config = LoraConfig(r=4, lora_alpha=8, target_modules=list(backbone.LORA_TARGETS))
-    policy = Policy(backbone.transformer, config, views=("old", "ema"))
+    policy = Policy(backbone.denoiser, config, views=("old", "ema"))
     generator = torch.Generator().manual_seed(0)
     for view in (None, "old", "ema"):
         for tensor in policy.tensors(view).values():
@@ -925,7 +929,7 @@ def test_compiled_blocks_give_what_plain_ones_give(views, checkpointing):
             backbone.enable_gradient_checkpointing()
         if compiled:
             backbone.compile_blocks(backend=backend)
-            counts = [record_calls(block) for block in backbone.transformer.transformer_blocks]
+            counts = [record_calls(block) for block in backbone.denoiser.transformer_blocks]
         outputs.append([output.detach() for output in every_kind_of_forward(backbone, policy, views)])
     for plain, compiled in zip(*outputs, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
@@ -937,7 +941,7 @@ def test_compiled_blocks_give_what_plain_ones_give(views, checkpointing):
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_blocks_share_graphs_and_go_through_aot():
     backbone = make_backbone()
-    blocks = backbone.transformer.transformer_blocks
+    blocks = backbone.denoiser.transformer_blocks
     blocks.extend([copy.deepcopy(blocks[0]) for _ in range(6)])
     blocks.append(blocks.pop(1))  # the one without text output is the last again
     conditioning = backbone.encode(PROMPTS)
@@ -1057,7 +1061,7 @@ def test_unknown_samplers_and_grids(options, message):
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "needs a fixed one"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), r"give `image_size=\(height, width\)`"),
         (DDPMScheduler(), "DDPMScheduler without a flow shift"),
         (DPMSolverMultistepScheduler(flow_shift=3.0), "DPMSolverMultistepScheduler without a flow shift"),
     ],
@@ -1088,8 +1092,8 @@ def test_encoders_and_vae_are_frozen_and_the_transformer_is_left_alone():
     for module in (backbone.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
         assert not module.training
         assert not any(p.requires_grad for p in module.parameters())
-    assert backbone.transformer.training
-    assert all(p.requires_grad for p in backbone.transformer.parameters())
+    assert backbone.denoiser.training
+    assert all(p.requires_grad for p in backbone.denoiser.parameters())
 
 
 # Loading
@@ -1147,10 +1151,10 @@ def test_an_id_that_the_hub_does_not_give(monkeypatch):
 
 
 def test_another_family_is_refused_before_any_weights_are_read(tmp_path, monkeypatch):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
     with pytest.raises(
-        ValueError, match=r"a FluxPipeline, which is not supported\. Supported: StableDiffusion3Pipeline"
+        ValueError, match=r"a KandinskyPipeline, which is not supported\. Supported: StableDiffusion3Pipeline"
     ):
         load_backbone(tmp_path)
 

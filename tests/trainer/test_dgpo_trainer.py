@@ -56,7 +56,7 @@ def by_hand(trainer) -> dict:
     failed samples, with advantages worked out anew.
     """
     args, policy, record = trainer.args, trainer.policy, trainer.buffer.record
-    transformer = trainer.backbone.transformer
+    transformer = trainer.backbone.denoiser
     num_groups = record.num_groups
     total, found = torch.zeros(()), defaultdict(list)
     for level, sigma in enumerate(trainer._draw_levels(0, 0)):
@@ -230,7 +230,7 @@ def test_a_round_without_preferences_takes_its_step_and_teaches_nothing(tmp_path
 def count_forwards(trainer) -> list[tuple[int, bool]]:
     """Rows of each forward, and whether it keeps a graph: of the last layer, which no block's recomputation calls."""
     forwards = []
-    trainer.backbone.transformer.proj_out.register_forward_pre_hook(
+    trainer.backbone.denoiser.proj_out.register_forward_pre_hook(
         lambda module, args: forwards.append((len(args[0]), torch.is_grad_enabled()))
     )
     return forwards
@@ -846,8 +846,8 @@ def lora_gradient(tmp_path, **config):
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     plain, gradient = lora_gradient(tmp_path)
     trainer, same_gradient = lora_gradient(tmp_path, gradient_checkpointing=True)
-    assert trainer.backbone.transformer.is_gradient_checkpointing
-    assert not plain.backbone.transformer.is_gradient_checkpointing
+    assert trainer.backbone.denoiser.is_gradient_checkpointing
+    assert not plain.backbone.denoiser.is_gradient_checkpointing
     assert same(same_gradient, gradient)
 
 
@@ -855,7 +855,7 @@ def test_bf16_trains_in_float32_weights(tmp_path):
     _, gradient = lora_gradient(tmp_path)
     tiny_random_pipeline().save_pretrained(tmp_path / "model")
     trainer, half = lora_gradient(tmp_path, bf16=True, model=str(tmp_path / "model"))
-    assert trainer.backbone.transformer.proj_out.weight.dtype == torch.bfloat16
+    assert trainer.backbone.denoiser.proj_out.weight.dtype == torch.bfloat16
     assert trainer.backbone.vae.dtype == torch.float32
     assert {tensor.dtype for tensor in half.values()} == {torch.float32}
     assert relative_error(half, gradient) < 0.5

@@ -51,7 +51,7 @@ ACTIVE = {"beta": 200.0, "max_grad_norm": 0.0}
 def by_hand(trainer) -> dict:
     """Gradient and metrics of the first optimiser step from the definition, pair by pair."""
     args, policy, record = trainer.args, trainer.policy, trainer.buffer.record
-    transformer = trainer.backbone.transformer
+    transformer = trainer.backbone.denoiser
     total, scores = torch.zeros(()), []
     for level, sigma in enumerate(trainer._draw_levels(0, 0)):
         for group, pairs in enumerate(PAIRS[args.pair_selection]):
@@ -248,7 +248,7 @@ def test_only_images_in_a_pair_cost_forwards(tmp_path, selection, batch_size, le
         sample_batch_size=16,
     )
     forwards = []
-    trainer.backbone.transformer.proj_out.register_forward_pre_hook(
+    trainer.backbone.denoiser.proj_out.register_forward_pre_hook(
         lambda module, inputs: forwards.append((len(inputs[0]), torch.is_grad_enabled()))
     )
     trainer.train()
@@ -338,7 +338,7 @@ def test_pairs_of_a_data_set(tmp_path):
         per_device_train_batch_size=8,
     )
     forwards = []
-    trainer.backbone.transformer.proj_out.register_forward_pre_hook(
+    trainer.backbone.denoiser.proj_out.register_forward_pre_hook(
         lambda module, inputs: forwards.append((len(inputs[0]), torch.is_grad_enabled()))
     )
     trainer.train()

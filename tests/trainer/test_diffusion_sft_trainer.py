@@ -39,7 +39,7 @@ def mean_squared_error(trainer) -> dict[str, torch.Tensor]:
     for level, sigma in enumerate(sigmas):
         for i, x0 in enumerate(record.x0):
             noise = torch.randn(x0.shape, generator=generator(seed, "noise", 0, 0, level, i))
-            velocity = trainer.backbone.transformer(
+            velocity = trainer.backbone.denoiser(
                 hidden_states=((1 - sigma) * x0 + sigma * noise)[None],
                 timestep=torch.tensor([1000 * sigma]),
                 **{name: row[i : i + 1] for name, row in record.conditioning.items()},

@@ -49,7 +49,7 @@ def flow_trainer(directory, **config):
 
 def guided_velocity(trainer, x_t, sigma, conditioning):
     """Of the bare transformer, with the negative side as it is."""
-    args, transformer = trainer.args, trainer.backbone.transformer
+    args, transformer = trainer.args, trainer.backbone.denoiser
 
     def velocity(rows):
         return transformer(
@@ -283,7 +283,7 @@ def test_no_forward_without_use(tmp_path, config, trained):
         tmp_path, sample_num_steps=8, sample_batch_size=16, per_device_train_batch_size=16, **config
     )
     forwards = []
-    trainer.backbone.transformer.register_forward_pre_hook(
+    trainer.backbone.denoiser.register_forward_pre_hook(
         lambda *_: forwards.append(torch.is_grad_enabled()), with_kwargs=False
     )
     trainer.train()

@@ -33,7 +33,7 @@ def linear_by_hand(trainer) -> dict[str, torch.Tensor]:
             scaled = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
             advantages = (wins if trainer.args.scale_rewards == "sign" else scaled).float()
             noise = torch.randn(x0.shape[1:], generator=generator(seed, "noise", 0, 0, level, group))
-            velocity = trainer.backbone.transformer(
+            velocity = trainer.backbone.denoiser(
                 hidden_states=(1 - sigma) * x0 + sigma * noise,
                 timestep=torch.full((len(x0),), 1000 * sigma),
                 **{name: row[group].expand(len(x0), *row[group].shape) for name, row in record.conditioning.items()},

@@ -93,7 +93,7 @@ def test_half_precision_never_merges_what_is_compared(tmp_path):
 def test_modules_switch_modes_by_themselves_again_after_training(tmp_path):
     trainer = tiny_trainer(tmp_path, peft_config=LoraConfig(r=2, lora_dropout=0.5))
     trainer.train()
-    transformer = trainer.backbone.transformer
+    transformer = trainer.backbone.denoiser
     copied = copy.deepcopy(trainer.policy.model)
     copied.eval()
     assert not any(module.training for module in copied.modules())
@@ -107,7 +107,7 @@ def test_an_interrupted_training_leaves_no_switch_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert "train" not in vars(trainer.policy.model)
-    assert "train" not in vars(trainer.backbone.transformer)
+    assert "train" not in vars(trainer.backbone.denoiser)
 
 
 def test_resuming_under_deepspeed_is_refused(tmp_path):
@@ -127,8 +127,8 @@ def test_evaluation_under_fsdp2_wants_equal_shares(tmp_path, monkeypatch):
 
 def test_compiled_are_the_blocks_and_nothing_around_them(tmp_path):
     trainer = tiny_trainer(tmp_path, torch_compile=True, torch_compile_backend="eager")
-    assert all(block._compiled_call_impl is not None for block in trainer.backbone.transformer.transformer_blocks)
-    assert trainer.backbone.transformer._compiled_call_impl is None
+    assert all(block._compiled_call_impl is not None for block in trainer.backbone.denoiser.transformer_blocks)
+    assert trainer.backbone.denoiser._compiled_call_impl is None
     trainer.train()
     assert not isinstance(trainer.model_wrapped, torch._dynamo.eval_frame.OptimizedModule)
 

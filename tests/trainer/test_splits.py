@@ -158,7 +158,7 @@ def one_step(
         begun.append(True)  # what comes now belongs to the update
 
     trainer._group_loss, trainer.buffer.fill = watch_gates, watch_fill
-    trainer.backbone.transformer.proj_out.register_forward_pre_hook(
+    trainer.backbone.denoiser.proj_out.register_forward_pre_hook(
         lambda module, inputs: forwards.append((len(inputs[0]), torch.is_grad_enabled())) if begun else None
     )
     if fault is not None:

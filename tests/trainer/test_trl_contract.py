@@ -135,7 +135,7 @@ def test_construction_and_training_outside_of_ci(tmp_path, trainer_class, monkey
         trainer = tiny_trainer(tmp_path, trainer_class, gradient_checkpointing=True)  # TRL's default
         trainer.train()
     assert trainer.args.activation_checkpointing
-    assert trainer.backbone.transformer.is_gradient_checkpointing
+    assert trainer.backbone.denoiser.is_gradient_checkpointing
     assert not caplog.records
     assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
 

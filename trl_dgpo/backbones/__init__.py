@@ -3,9 +3,11 @@ Backbones: one file per family of diffusion models, and nothing else in the pack
 
 A backbone turns prompts into conditioning (`encode`), noise into clean latents (`sample`), latents into images
 (`decode`) and noised latents into predictions (`predict`), and says what its family is trained on (`noise`, `target`,
-`sigmas`, `LORA_TARGETS`). All families answer to the same names, so that a trainer takes any of them.
+`sigmas`, `LORA_TARGETS`). All families answer to the same names, so that a trainer takes any of them; how to add one
+is told in docs/new_backbone.md.
 """
 
+import importlib
 import inspect
 import os
 from pathlib import Path
@@ -17,10 +19,17 @@ import torch
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from .sd3 import SD3Backbone
+    from .base import Backbone
 
 
-SUPPORTED_PIPELINES = {"StableDiffusion3Pipeline": "Stable Diffusion 3, 3.5 Medium and 3.5 Large"}
+# Of each pipeline what it is of, and the file and class of its backbone.
+SUPPORTED_PIPELINES = {
+    "StableDiffusion3Pipeline": ("Stable Diffusion 3, 3.5 Medium and 3.5 Large", "sd3", "SD3Backbone"),
+    "StableDiffusionPipeline": ("Stable Diffusion 1 and 2", "sd15", "SD15Backbone"),
+    "StableDiffusionXLPipeline": ("Stable Diffusion XL", "sdxl", "SDXLBackbone"),
+    "FluxPipeline": ("FLUX.1 dev and schnell", "flux", "FluxBackbone"),
+    "ZImagePipeline": ("Z-Image and Z-Image-Turbo", "z_image", "ZImageBackbone"),
+}
 
 
 def load_backbone(
@@ -31,7 +40,7 @@ def load_backbone(
     init_kwargs: dict[str, Any] | None = None,
     quantization_config: Any = None,
     **options,
-) -> "SD3Backbone":
+) -> "Backbone":
     """
     Backbone of a model given by name, by folder or as a pipeline.
 
@@ -51,7 +60,7 @@ def load_backbone(
             How the transformer of a named model is quantised.
         **options:
             Arguments of the family's backbone, such as `sampler`, `max_sequence_length` and `offload_text_encoders` of
-            [`~trl_dgpo.backbones.sd3.SD3Backbone`].
+            [`~trl_dgpo.backbones.base.Backbone`].
 
     Raises:
         `TypeError`: if `model` or `quantization_config` is none of these.
@@ -60,38 +69,36 @@ def load_backbone(
     """
     from diffusers import DiffusionPipeline
 
-    from .sd3 import SD3Backbone
-
     if isinstance(model, DiffusionPipeline):
-        check_family({cls.__name__ for cls in type(model).__mro__}, f"a {type(model).__name__}")
+        backbone_class = family([cls.__name__ for cls in type(model).__mro__], f"a {type(model).__name__}")
         loading = {"revision": revision, "init_kwargs": init_kwargs, "quantization_config": quantization_config}
         if given := [name for name, value in loading.items() if value]:
             raise ValueError(f"{given} say how a model is loaded, but `model` is a pipeline that is loaded already.")
         for name, component in model.components.items():
             if dtype is not None and name != "vae" and isinstance(component, torch.nn.Module):
                 component.to(dtype)
-        return SD3Backbone(model, **options)
+        return backbone_class(model, **options)
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(
             f"`model` is a {type(model).__name__}; it must be an id on the Hub, a folder or a diffusers pipeline."
         )
 
     index = read_index(model, revision, access(init_kwargs or {}))
-    check_family({index["_class_name"]}, f"{os.fspath(model)!r}, a {index['_class_name']}")
+    backbone_class = family([index["_class_name"]], f"{os.fspath(model)!r}, a {index['_class_name']}")
     arguments = {name: None for name, entry in index.items() if entry == [None, None]}
     if quantization_config is not None:
-        arguments["quantization_config"] = _transformer_quantization(quantization_config)
+        arguments["quantization_config"] = _quantization(quantization_config, backbone_class.DENOISER)
     # As a string: diffusers keeps the name in its configuration, and a `Path` there cannot be written to JSON.
     pipeline = DiffusionPipeline.from_pretrained(
         os.fspath(model),
         revision=revision,
         **{"dtype": {"default": dtype or torch.float32, "vae": torch.float32}, **arguments, **(init_kwargs or {})},
     )
-    return SD3Backbone(pipeline, **options)
+    return backbone_class(pipeline, **options)
 
 
-def _transformer_quantization(config: Any) -> Any:
-    """diffusers' form of a quantisation of the transformer alone."""
+def _quantization(config: Any, denoiser: str) -> Any:
+    """diffusers' form of a quantisation of the denoiser alone."""
     import transformers
     from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
 
@@ -103,7 +110,7 @@ def _transformer_quantization(config: Any) -> Any:
             f"`quantization_config` is a {type(config).__name__}; it must be a `BitsAndBytesConfig` of diffusers or "
             "transformers."
         )
-    return PipelineQuantizationConfig(quant_mapping={"transformer": config})
+    return PipelineQuantizationConfig(quant_mapping={denoiser: config})
 
 
 def access(init_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -139,14 +146,19 @@ def read_index(model: str | os.PathLike, revision: str | None, access: dict[str,
         ) from error
 
 
-def check_family(class_names: set[str], what: str) -> None:
+def family(class_names: list[str], what: str) -> "type[Backbone]":
     """
+    The backbone of a pipeline, by the names of its class and of those that it is derived from, nearest first.
+
     Raises:
-        `ValueError`: if none of a pipeline's class names is supported.
+        `ValueError`: if none of them is supported.
     """
-    if not class_names & SUPPORTED_PIPELINES.keys():
-        supported = "; ".join(f"{name} ({models})" for name, models in SUPPORTED_PIPELINES.items())
-        raise ValueError(f"`model` is {what}, which is not supported. Supported: {supported}.")
+    for name in class_names:
+        if name in SUPPORTED_PIPELINES:
+            _, module, backbone = SUPPORTED_PIPELINES[name]
+            return getattr(importlib.import_module(f".{module}", __name__), backbone)
+    supported = "; ".join(f"{name} ({models})" for name, (models, *_) in SUPPORTED_PIPELINES.items())
+    raise ValueError(f"`model` is {what}, which is not supported. Supported: {supported}.")
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -144,10 +144,10 @@ class DiffusionTrainer(_BaseTrainer):
         start = self._load(model, args, quantization_config)
         self._latent_shape = self.backbone.latent_shape(args.height, args.width)
         peft_config = self._adapter_config(args, peft_config, start)
-        self.backbone.transformer._internal_dict = _ModelConfig(self.backbone.transformer.config)
+        self.backbone.denoiser._internal_dict = _ModelConfig(self.backbone.denoiser.config)
         shown = args.num_log_images > 0
         views = (*(("ema",) if args.save_ema or eval_dataset is not None or shown else ()), *self._views(args))
-        self.policy = Policy(self.backbone.transformer, peft_config, views, start)
+        self.policy = Policy(self.backbone.denoiser, peft_config, views, start)
         if peft_config is not None:  # PEFT has asked the transformer, which is only a part of the model
             peft_config.base_model_name_or_path, peft_config.revision = self.base_model, self._base_revision
         if args.merge_adapter:
@@ -271,6 +271,7 @@ class DiffusionTrainer(_BaseTrainer):
             quantization_config=quantization_config,
             sampler=args.sampler,
             sigmas=args.sigmas,
+            image_size=(args.height, args.width),
             max_sequence_length=args.max_sequence_length,
             negative_prompt=args.negative_prompt,
             offload_text_encoders=args.offload_text_encoders,
@@ -536,7 +537,7 @@ class DiffusionTrainer(_BaseTrainer):
             self.args = copy.copy(args)
             self.args.eval_on_start = False  # that start was an earlier call's
         try:
-            with _switching_modes_quickly(self.policy.model), _switching_modes_quickly(self.backbone.transformer):
+            with _switching_modes_quickly(self.policy.model), _switching_modes_quickly(self.backbone.denoiser):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.args = args
@@ -607,7 +608,7 @@ class DiffusionTrainer(_BaseTrainer):
         view = "ema" if self.args.save_ema and "ema" in self.policy.views else None
         finished = aside(directory / "export") if write else directory
         self.policy.save_pretrained(
-            finished if self.policy.peft_config else finished / "transformer", view, write=write
+            finished if self.policy.peft_config else finished / self.backbone.DENOISER, view, write=write
         )
         if write:
             self._save_export(finished, view)

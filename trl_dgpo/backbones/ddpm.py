@@ -1,0 +1,117 @@
+r"""
+Families of DDPM: SD 1.5 and SDXL, which predict the noise or \\( v \\).
+
+A level is a timestep over 1000: \\( x_t = \sqrt{\bar\alpha_t} x_0 + \sqrt{1 - \bar\alpha_t} \epsilon \\) exists for
+whole timesteps alone, so a level between two is rounded to the nearer one, in `noise`, `target` and `predict` alike.
+An error of the noise and one of \\( x_0 \\) differ by \\( \bar\alpha / (1 - \bar\alpha) \\); as in Diffusion-DPO
+([2311.12908](https://huggingface.co/papers/2311.12908)) the former is trained on, whatever the level.
+"""
+
+import copy
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
+from torch import Tensor
+
+from .. import noising
+from .base import Backbone
+
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+# Deterministic, one forward a step.
+WALKED = (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler)
+
+
+class DDPMBackbone(Backbone):
+    """
+    A backbone of DDPM; see [`~trl_dgpo.backbones.base.Backbone`].
+
+    `sigmas="dpm"` walks DPM-Solver++ (of order one, which is DDIM, for `sampler="euler"`) with the betas, the
+    prediction and the spacing of the pipeline's own scheduler, as `DPMSolverMultistepScheduler.from_config` does;
+    `sigmas="model"` the pipeline's own, if it is DDIM, Euler or DPM-Solver++. There are no stochastic steps, so no
+    Flow-GRPO.
+    """
+
+    DENOISER = "unet"
+
+    def noise(self, x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+        """Noised latent: [`~trl_dgpo.noising.ddpm_noise`] at the level's timestep."""
+        return noising.ddpm_noise(x0, noise, self._alpha_bar(sigma))
+
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+        """What `predict` should give: [`~trl_dgpo.noising.ddpm_target`]."""
+        return noising.ddpm_target(x0, noise, self._alpha_bar(sigma), prediction_type=self._prediction_type)
+
+    def clean(self, x_t: Tensor, prediction: Tensor, sigma: Tensor | float) -> Tensor:
+        """Clean latent that a prediction means: [`~trl_dgpo.noising.ddpm_clean`]."""
+        return noising.ddpm_clean(x_t, prediction, self._alpha_bar(sigma), prediction_type=self._prediction_type)
+
+    def predict(
+        self,
+        x_t: Tensor,
+        sigma: Tensor | float,
+        conditioning: dict[str, Tensor],
+        *,
+        model: torch.nn.Module | None = None,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """The denoiser's prediction at the level's timestep; see [`~trl_dgpo.backbones.base.Backbone.predict`]."""
+        level = self._timestep(sigma) / 1000
+        return super().predict(x_t, level, conditioning, model=model, guidance_scale=guidance_scale)
+
+    def _timestep(self, sigma: Tensor | float) -> Tensor:
+        """The nearest whole timestep, float64."""
+        last = len(self._alphas_cumprod) - 1
+        return (1000 * torch.as_tensor(sigma).double()).round().clamp(0, last)
+
+    def _alpha_bar(self, sigma: Tensor | float) -> Tensor | float:
+        chosen = self._alphas_cumprod.to(torch.as_tensor(sigma).device)[self._timestep(sigma).long()]
+        return chosen if isinstance(sigma, Tensor) and sigma.ndim else chosen.item()
+
+    def _walk(self, sampler: str, sigmas: str, image_size: tuple[int, int] | None) -> tuple[float, SchedulerMixin]:
+        own = self.pipeline.scheduler
+        if not hasattr(own, "alphas_cumprod"):
+            raise ValueError(
+                f"The pipeline's scheduler is a {type(own).__name__} without `alphas_cumprod`, so it is none of DDPM. "
+                "Replace it: `pipeline.scheduler = DDIMScheduler.from_pretrained(model, subfolder='scheduler')`."
+            )
+        self._alphas_cumprod = own.alphas_cumprod.double()
+        self._prediction_type = own.config.prediction_type
+        if self._prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"The pipeline's scheduler has `prediction_type`={self._prediction_type!r}; it must be one of "
+                f"{', '.join(map(repr, PREDICTION_TYPES))}."
+            )
+        if sampler == "sde":
+            raise ValueError(
+                f"`sampler` is 'sde', the stochastic steps of flow matching, and `model` is a {self.PIPELINE}; take "
+                "'dpm' or 'euler'."
+            )
+        if sigmas == "dpm":
+            return 1.0, DPMSolverMultistepScheduler.from_config(
+                own.config,
+                algorithm_type="dpmsolver++",
+                solver_order=2 if sampler == "dpm" else 1,
+                solver_type="midpoint",
+                lower_order_final=True,
+                euler_at_final=False,
+                final_sigmas_type="zero",
+            )
+        if sampler == "dpm":
+            raise ValueError(
+                "`sigmas` is 'model' and `sampler` is 'dpm', which has a grid of its own; take `sampler='euler'`, or "
+                "`sigmas='dpm'`."
+            )
+        if not isinstance(own, WALKED):
+            walked = ", ".join(cls.__name__ for cls in WALKED)
+            raise ValueError(
+                f"`sigmas` is 'model' and the pipeline's scheduler is a {type(own).__name__}; of one forward a step "
+                f"and without noise are {walked}. Replace the scheduler or take `sigmas='dpm'`."
+            )
+        return 1.0, copy.deepcopy(own)
+
+    def _start(self, latents: Tensor, scheduler: SchedulerMixin) -> Tensor:
+        return latents * scheduler.init_noise_sigma
+
+    def _scaled(self, latents: Tensor, timestep: Tensor, scheduler: SchedulerMixin) -> Tensor:
+        return scheduler.scale_model_input(latents, timestep)

@@ -1,0 +1,100 @@
+"""FLUX.1 (dev and schnell): the only file that knows this family."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .flow import FlowBackbone
+
+
+PATCH = 2
+
+
+class FluxBackbone(FlowBackbone):
+    r"""
+    Encode, sample, decode and predict with one `FluxPipeline`; see [`~trl_dgpo.backbones.base.Backbone`].
+
+    Latents are pictures `(B, C, h, w)` here and are packed into tokens only where the transformer is called. In dev
+    guidance is distilled into the weights: the strength that it is told, `embedded_guidance`, is a part of the
+    condition, in rollouts, training and evaluation alike. `guidance_scale` is guidance by a negative prompt, which the
+    pipeline calls `true_cfg_scale` and which neither needs: leave it at 1.
+
+    Args:
+        pipeline (`diffusers.FluxPipeline`):
+            FLUX.1-dev, -schnell or a model of their kind.
+        embedded_guidance (`float`, *optional*, defaults to `3.5`):
+            What a model with `guidance_embeds` is told; the pipeline calls it `guidance_scale`.
+        **options:
+            Those of [`~trl_dgpo.backbones.base.Backbone`]. The levels of dev depend on `image_size`.
+    """
+
+    PIPELINE = "FluxPipeline"
+    ENCODERS = ("text_encoder", "text_encoder_2")
+    TOKENIZERS = ("tokenizer", "tokenizer_2")
+    CONDITIONING = ("encoder_hidden_states", "pooled_projections")
+    # The attention over image and text of the double blocks, and that of the single ones.
+    LORA_TARGETS = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+
+    def __init__(self, pipeline, *, embedded_guidance: float = 3.5, **options):
+        super().__init__(pipeline, **options)
+        self.embedded_guidance = embedded_guidance
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape `(C, h, w)` of the latent of an image; see [`~trl_dgpo.backbones.base.Backbone.latent_shape`]."""
+        scale = self.pipeline.vae_scale_factor
+        for name, size in (("height", height), ("width", width)):
+            if size < PATCH * scale or size % (PATCH * scale):
+                raise ValueError(f"`{name}` is {size}; this model takes multiples of {PATCH * scale} pixels.")
+        return self.denoiser.config.in_channels // PATCH**2, height // scale, width // scale
+
+    def _steps(self, num_steps: int) -> dict[str, Any]:
+        steps = super()._steps(num_steps)
+        if not self.scheduler.config.get("use_flow_sigmas"):  # its own grid, as the pipeline asks for it
+            steps["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
+        return steps
+
+    def _encode_row(self, prompt: str) -> dict[str, Tensor]:
+        hidden_states, pooled, _ = self.pipeline.encode_prompt(
+            prompt=[prompt], prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return dict(zip(self.CONDITIONING, (hidden_states[0], pooled[0]), strict=True))
+
+    def _forward(self, model: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        hidden_states, pooled = (conditioning[name] for name in self.CONDITIONING)
+        rows, (channels, height, width) = len(x_t), x_t.shape[1:]
+        guidance = None
+        if self.denoiser.config.guidance_embeds:
+            guidance = torch.full((rows,), self.embedded_guidance, dtype=torch.float32, device=x_t.device)
+        packed = self.pipeline._pack_latents(x_t, rows, channels, height, width)
+        positions = self.pipeline._prepare_latent_image_ids(
+            rows, height // PATCH, width // PATCH, x_t.device, hidden_states.dtype
+        )
+        velocity = model(
+            hidden_states=packed,
+            timestep=timestep.to(x_t.dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=pooled,
+            encoder_hidden_states=hidden_states,
+            txt_ids=hidden_states.new_zeros(hidden_states.shape[1], 3),
+            img_ids=positions,
+            return_dict=False,
+        )[0]
+        scale = self.pipeline.vae_scale_factor
+        return self.pipeline._unpack_latents(velocity, height * scale, width * scale, scale)
+
+    def _to_vae(self, latents: Tensor) -> Tensor:
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+    def _to_latents(self, encoded: Tensor) -> Tensor:
+        return (encoded - self.vae.config.shift_factor) * self.vae.config.scaling_factor

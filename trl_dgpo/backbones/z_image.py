@@ -1,0 +1,67 @@
+"""Z-Image and Z-Image-Turbo: the only file that knows this family."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .flow import FlowBackbone
+
+
+PATCH = 2
+
+
+class ZImageBackbone(FlowBackbone):
+    r"""
+    Encode, sample, decode and predict with one `ZImagePipeline`; see [`~trl_dgpo.backbones.base.Backbone`].
+
+    Captions have as many rows as tokens; here they are filled up to `max_sequence_length`, and cut again where the
+    transformer is called. It predicts from noise to data, with a time that runs from 0 to 1; both are turned round
+    here. `guidance_scale` is 1 without guidance, as for all families: the pipeline's own is smaller by one.
+    """
+
+    PIPELINE = "ZImagePipeline"
+    ENCODERS = ("text_encoder",)
+    TOKENIZERS = ("tokenizer",)
+    CONDITIONING = ("encoder_hidden_states", "num_tokens")
+    LORA_TARGETS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
+    LATENTS_DTYPE = torch.float32
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape `(C, h, w)` of the latent of an image; see [`~trl_dgpo.backbones.base.Backbone.latent_shape`]."""
+        scale = self.pipeline.vae_scale_factor
+        for name, size in (("height", height), ("width", width)):
+            if size < PATCH * scale or size % (PATCH * scale):
+                raise ValueError(f"`{name}` is {size}; this model takes multiples of {PATCH * scale} pixels.")
+        return self.denoiser.config.in_channels, height // scale, width // scale
+
+    def _steps(self, num_steps: int) -> dict[str, Any]:
+        steps = super()._steps(num_steps)
+        if not self.scheduler.config.get("use_flow_sigmas"):  # its own grid, as the pipeline asks for it
+            steps["sigmas"] = torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
+        return steps
+
+    def _encode_row(self, prompt: str) -> dict[str, Tensor]:
+        [rows], _ = self.pipeline.encode_prompt(
+            prompt=[prompt],
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        filled = rows.new_zeros(self.max_sequence_length, rows.shape[1])
+        filled[: len(rows)] = rows
+        return {"encoder_hidden_states": filled, "num_tokens": torch.tensor(len(rows))}
+
+    def _forward(self, model: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        captions = [rows[:number] for rows, number in zip(*conditioning.values(), strict=True)]
+        time = (1000 - timestep) / 1000
+        predicted = model(list(x_t.to(self.denoiser.dtype).unsqueeze(2).unbind()), time, captions, return_dict=False)[
+            0
+        ]
+        return -torch.stack([velocity.float() for velocity in predicted]).squeeze(2)
+
+    def _to_vae(self, latents: Tensor) -> Tensor:
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+    def _to_latents(self, encoded: Tensor) -> Tensor:
+        return (encoded - self.vae.config.shift_factor) * self.vae.config.scaling_factor
