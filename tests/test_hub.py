@@ -287,7 +287,8 @@ def test_the_snippet_draws_as_the_evaluations_did(tmp_path, monkeypatch):
     about = {"_class_name": "DPMSolverMultistepScheduler"}
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(about))
     loading = {"model_init_kwargs": {"revision": "fp32", "token": SECRET}, "negative_prompt": "grey"}
-    card = write_card(tmp_path, config=sizes | loading)
+    told = {"guidance_scale": 2.5, "max_sequence_length": 9, "negative_prompt": "grey"}
+    card = write_card(tmp_path, config=sizes | loading, pipeline_call=told)
     calls = run_snippet(card, monkeypatch, tmp_path)
     assert calls["from_pretrained"] == ((SD35,), {"dtype": torch.float32, "revision": "fp32"})
     assert calls["load_lora_weights"] == (("someone/some-lora",), {})

@@ -188,5 +188,5 @@ def _qwen_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # a token a character
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
-    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    fast.chat_template = "{% for message in messages %} {{ message['content'] }}{% endfor %}"
     return fast

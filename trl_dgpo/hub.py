@@ -58,6 +58,7 @@ CARD_MARK = (
 
 _API = HfApi(library_name="trl_dgpo", library_version=trl_dgpo.__version__)
 _SNAPSHOT = "_upload-"
+_WORDS = {"transformer": "transformer", "unet": "UNet"}
 _NUM_PICTURES = 4  # prompts in the gallery: enough to judge, and few enough to upload with every save
 _TRAINER_FIELDS = (
     "learning_rate",
@@ -111,6 +112,10 @@ class RunDescription:
             Hub id or folder of the pipeline that was trained; a folder is not named in the card.
         pipeline_class (`str`, *optional*, defaults to `"StableDiffusion3Pipeline"`):
             Class of that pipeline.
+        denoiser (`str`, *optional*, defaults to `"transformer"`):
+            Its component that was trained, `"transformer"` or `"unet"`.
+        pipeline_call (`dict[str, Any]`, *optional*):
+            Arguments by which it draws as the run's evaluations did, besides the prompt, the size and the steps.
         reward_names (`tuple[str, ...]`, *optional*):
             Names of the training rewards.
         hub_model_id (`str`, *optional*):
@@ -134,6 +139,8 @@ class RunDescription:
     method_fields: tuple[str, ...] = ()
     base_model: str | None = None
     pipeline_class: str = "StableDiffusion3Pipeline"
+    denoiser: str = "transformer"
+    pipeline_call: dict[str, Any] = dataclasses.field(default_factory=dict)
     reward_names: tuple[str, ...] = ()
     hub_model_id: str | None = None
     model_name: str | None = None
@@ -449,7 +456,7 @@ def _introduction(run: RunDescription, events: list[dict[str, float]]) -> str:
         of = f"[{base}](https://huggingface.co/{base})"
     else:
         of = "the tiny SD3 of `trl_dgpo`" if _is_tiny(run) else f"a local {run.pipeline_class}"
-    kind = "The transformer of" if run.config.full_finetuning else "A LoRA for"
+    kind = f"The {_WORDS[run.denoiser]} of" if run.config.full_finetuning else "A LoRA for"
     steps = f" for {events[-1]['step']} optimiser steps" if events else ""
     rewards = f" on the reward{'s' * (len(run.reward_names) > 1)} " + ", ".join(
         f"`{name}`" for name in run.reward_names
@@ -484,8 +491,9 @@ def _snippet(directory: Path, run: RunDescription, pictures: list[_Picture]) -> 
             base += f", {name}={_quoted(run.config.model_init_kwargs[name])}"
     lines.append("")
     if config.full_finetuning:
-        lines.append(f'transformer = AutoModel.from_pretrained({_quoted(repo)}, subfolder="transformer", {loading})')
-        lines.append(f"pipe = {run.pipeline_class}.from_pretrained({base}, transformer=transformer, {loading})")
+        name = run.denoiser
+        lines.append(f'{name} = AutoModel.from_pretrained({_quoted(repo)}, subfolder="{name}", {loading})')
+        lines.append(f"pipe = {run.pipeline_class}.from_pretrained({base}, {name}={name}, {loading})")
     else:
         lines.append(f"pipe = {run.pipeline_class}.from_pretrained({base}, {loading})")
         lines.append(f"pipe.load_lora_weights({_quoted(repo)})")
@@ -493,9 +501,7 @@ def _snippet(directory: Path, run: RunDescription, pictures: list[_Picture]) -> 
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained({_quoted(repo)}, subfolder="scheduler")')
     lines.append('pipe.to("cuda" if torch.cuda.is_available() else "cpu")')
     call = {"height": config.height, "width": config.width, "num_inference_steps": config.eval_num_steps}
-    call |= {"guidance_scale": config.eval_guidance_scale, "max_sequence_length": config.max_sequence_length}
-    if config.negative_prompt and config.eval_guidance_scale > 1:
-        call["negative_prompt"] = config.negative_prompt
+    call |= run.pipeline_call
     prompt = pictures[0].prompt if pictures else "A photo of a lighthouse"
     arguments = "".join(f"    {name}={_quoted(value)},\n" for name, value in call.items())
     lines.append(f"image = pipe(\n    {_quoted(prompt)},\n{arguments}).images[0]")
@@ -505,7 +511,7 @@ def _snippet(directory: Path, run: RunDescription, pictures: list[_Picture]) -> 
 
 def _files_table(run: RunDescription, weights: str) -> str:
     if run.config.full_finetuning:
-        files = {"`transformer/`": "the whole transformer, in diffusers' layout"}
+        files = {f"`{run.denoiser}/`": f"the whole {_WORDS[run.denoiser]}, in diffusers' layout"}
     else:
         files = {
             "`pytorch_lora_weights.safetensors`": "diffusers: `load_lora_weights`, as above",

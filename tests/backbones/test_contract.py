@@ -1,7 +1,7 @@
 """
 What every backbone must do, whatever its family: see docs/new_backbone.md.
 
-A new family adds its tiny pipeline to `tiny_families.FAMILIES` and how the plain pipeline is called to `PLAIN`.
+A new family adds its tiny pipeline to `tiny_families.FAMILIES`.
 """
 
 import numpy as np
@@ -35,92 +35,59 @@ def noise(*shape, seed=0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# How diffusers itself is called: embeddings of one prompt at a time, since company may round them otherwise.
-
-
-def _sd3(pipeline, latents, guidance_scale, **call):
-    rows = [pipeline.encode_prompt([p], None, None, max_sequence_length=LENGTH) for p in PROMPTS]
-    return pipeline(**_embeds(rows, pooled=True), latents=latents, guidance_scale=guidance_scale, **call)
-
-
-def _sd15(pipeline, latents, guidance_scale, **call):
-    rows = [pipeline.encode_prompt([p], "cpu", 1, True) for p in PROMPTS]
-    return pipeline(**_embeds(rows, pooled=False), latents=latents, guidance_scale=guidance_scale, **call)
-
-
-def _sdxl(pipeline, latents, guidance_scale, **call):
-    rows = [pipeline.encode_prompt([p], device="cpu") for p in PROMPTS]
-    return pipeline(**_embeds(rows, pooled=True), latents=latents, guidance_scale=guidance_scale, **call)
-
-
-def _flux(pipeline, latents, guidance_scale, **call):
-    call |= {"guidance_scale": 3.5, "true_cfg_scale": guidance_scale}
-    parts = []
-    for prompts in (PROMPTS, ["", ""]):
-        rows = [pipeline.encode_prompt([p], None, max_sequence_length=LENGTH)[:2] for p in prompts]
-        parts.append([torch.cat(tensors) for tensors in zip(*rows)])
-    names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-    embeds = dict(zip(names, [*parts[0], *parts[1]], strict=True))
-    out = pipeline(**embeds, latents=pipeline._pack_latents(latents, *latents.shape), **call)
-    if call["output_type"] == "latent":
-        out.images = pipeline._unpack_latents(out.images, *SIZE, pipeline.vae_scale_factor)
-    return out
-
-
-def _z_image(pipeline, latents, guidance_scale, **call):
-    encoded = [pipeline.encode_prompt([p], max_sequence_length=LENGTH) for p in PROMPTS]
-    positive, negative = ([rows for [rows] in part] for part in zip(*encoded))
-    return pipeline(
-        prompt_embeds=positive,
-        negative_prompt_embeds=negative,
-        latents=latents,
-        guidance_scale=guidance_scale - 1,
-        **call,
-    )
-
-
-def _embeds(rows, *, pooled: bool) -> dict[str, torch.Tensor]:
-    names = ["prompt_embeds", "negative_prompt_embeds"]
-    names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"] * pooled
-    return {name: torch.cat(tensors) for name, tensors in zip(names, zip(*rows), strict=True)}
-
-
-PLAIN = {
-    "sd3": _sd3,
-    "sd15": _sd15,
-    "sd15-v": _sd15,
-    "sdxl": _sdxl,
-    "flux-dev": _flux,
-    "flux-schnell": _flux,
-    "z-image": _z_image,
-}
-
-# Z-Image's pipeline guides from the positive side, v + (g - 1) (v - v_negative): the same number, rounded otherwise.
-ROUNDED = {"z-image": 1e-5}
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_rollout_is_the_pipelines_own_call(name, guidance_scale):
-    backbone, plain = backbone_of(name), pipeline_of(name)
-    plain.scheduler = backbone.scheduler
-    latents = noise(2, *backbone.latent_shape(*SIZE))
-    call = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 4}
-    x0 = backbone.sample(latents, backbone.encode(PROMPTS), num_steps=4, guidance_scale=guidance_scale)
+def call(name: str, pipeline: DiffusionPipeline, prompt: str, latents: torch.Tensor, **arguments) -> torch.Tensor:
+    """What a pipeline itself makes of a prompt: latents where `output_type` says so, else pictures."""
+    if name.startswith("flux"):
+        latents = pipeline._pack_latents(latents, *latents.shape)
+    size = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 4}
     with torch.no_grad():
-        expected = PLAIN[name](plain, latents, guidance_scale, output_type="latent", **call).images
-        pictures = PLAIN[name](plain, latents, guidance_scale, output_type="pil", **call).images
-    if name in ROUNDED and guidance_scale > 1:
-        torch.testing.assert_close(x0, expected, rtol=0, atol=ROUNDED[name])
-        x0 = expected
-    else:
+        images = pipeline(prompt, latents=latents, **size, **arguments).images
+    if name.startswith("flux") and arguments["output_type"] == "latent":
+        images = pipeline._unpack_latents(images, *SIZE, pipeline.vae_scale_factor)
+    return images
+
+
+# The same numbers, rounded otherwise: Z-Image's pipeline guides from the positive side, v + (g - 1) (v - v_negative),
+# and FLUX's in two forwards of half the batch.
+ROUNDED = {"z-image": 1e-5, "flux-dev": 1e-5, "flux-schnell": 1e-5}
+
+
+@pytest.mark.parametrize(("guidance_scale", "negative_prompt"), [(1.0, ""), (3.0, ""), (3.0, "grey")])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rollout_is_the_pipelines_own_call(name, guidance_scale, negative_prompt):
+    backbone, plain = backbone_of(name, negative_prompt=negative_prompt), pipeline_of(name)
+    plain.scheduler = backbone.scheduler
+    arguments = backbone.pipeline_call(guidance_scale)
+    drawn = []
+    for seed, prompt in enumerate(PROMPTS):
+        latents = noise(1, *backbone.latent_shape(*SIZE), seed=seed)
+        x0 = backbone.sample(latents, backbone.encode([prompt]), num_steps=4, guidance_scale=guidance_scale)
+        expected = call(name, plain, prompt, latents, output_type="latent", **arguments)
+        if name in ROUNDED and guidance_scale > 1:
+            torch.testing.assert_close(x0, expected, rtol=0, atol=ROUNDED[name])
+            x0 = expected
         assert torch.equal(x0, expected)
-    decoded = backbone.decode(x0)
-    assert decoded.shape == (2, 3, *SIZE)
-    assert decoded.dtype == torch.uint8
-    assert np.array_equal(decoded.permute(0, 2, 3, 1).numpy(), np.stack([np.asarray(picture) for picture in pictures]))
-    assert decoded.float().std() > 5  # not a blank
-    assert not torch.equal(x0[0], x0[1])
+        (picture,) = call(name, plain, prompt, latents, output_type="pil", **arguments)
+        drawn.append(backbone.decode(x0))
+        assert drawn[-1].shape == (1, 3, *SIZE)
+        assert drawn[-1].dtype == torch.uint8
+        assert np.array_equal(drawn[-1][0].permute(1, 2, 0).numpy(), np.asarray(picture))
+        assert drawn[-1].float().std() > 5  # not a blank
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_guidance_and_the_negative_prompt_are_felt(name):
+    backbone, grey = backbone_of(name), backbone_of(name, negative_prompt="grey")
+    x_t = noise(2, *backbone.latent_shape(*SIZE))
+    with torch.no_grad():
+        plain, guided = (backbone.predict(x_t, 0.5, backbone.encode(PROMPTS), guidance_scale=g) for g in (1.0, 3.0))
+        other = grey.predict(x_t, 0.5, grey.encode(PROMPTS), guidance_scale=3.0)
+        negative = {key: row.expand(2, *row.shape[1:]) for key, row in backbone.negative().items()}
+        away = backbone.predict(x_t, 0.5, negative)
+    assert not torch.allclose(guided, plain, atol=1e-3)
+    assert not torch.allclose(guided, other, atol=1e-3)
+    torch.testing.assert_close(guided, away + 3.0 * (plain - away), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", ["dpm", "euler"])
@@ -240,3 +207,21 @@ def test_a_saved_lora_gives_the_same_bits_in_a_plain_pipeline(name, tmp_path):
     assert torch.equal(mine, other.sample(latents, other.encode(PROMPTS), **call))
     base = backbone_of(name, sigmas="dpm")
     assert not torch.equal(mine, base.sample(latents, base.encode(PROMPTS), **call))
+
+
+def test_only_distilled_guidance_is_told():
+    backbone, other = backbone_of("flux-dev"), backbone_of("flux-dev", embedded_guidance=1.0)
+    x_t = noise(2, *backbone.latent_shape(*SIZE))
+    conditioning = backbone.encode(PROMPTS)
+    with torch.no_grad():
+        assert not torch.equal(backbone.predict(x_t, 0.5, conditioning), other.predict(x_t, 0.5, conditioning))
+    for name in NAMES:
+        if name != "flux-dev":
+            with pytest.raises(ValueError, match="`embedded_guidance` is 2, which only a model"):
+                backbone_of(name, embedded_guidance=2)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_stochastic_steps_are_those_of_flow_matching(name):
+    with pytest.raises(ValueError, match="`sampler` is 'sde', the stochastic steps of flow matching"):
+        backbone_of(name, sampler="sde")

@@ -39,6 +39,7 @@ def load_backbone(
     dtype: torch.dtype | None = None,
     init_kwargs: dict[str, Any] | None = None,
     quantization_config: Any = None,
+    denoiser: torch.nn.Module | None = None,
     **options,
 ) -> "Backbone":
     """
@@ -51,13 +52,15 @@ def load_backbone(
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         dtype (`torch.dtype`, *optional*):
-            Dtype of the transformer and the text encoders. Without it a named model is loaded in float32 and a
+            Dtype of the denoiser and the text encoders. Without it a named model is loaded in float32 and a
             pipeline keeps its own. The VAE of a named model stays in float32 whatever is asked for, since it loses
             quality below; that of a pipeline is never touched.
         init_kwargs (`dict[str, Any]`, *optional*):
             Further arguments of `DiffusionPipeline.from_pretrained`, such as `variant`, or a component by its name.
         quantization_config (`~diffusers.BitsAndBytesConfig` or `~transformers.BitsAndBytesConfig`, *optional*):
-            How the transformer of a named model is quantised.
+            How the denoiser of a named model is quantised.
+        denoiser (`torch.nn.Module`, *optional*):
+            What stands in the place of a named model's transformer or UNet.
         **options:
             Arguments of the family's backbone, such as `sampler`, `max_sequence_length` and `offload_text_encoders` of
             [`~trl_dgpo.backbones.base.Backbone`].
@@ -70,7 +73,7 @@ def load_backbone(
     from diffusers import DiffusionPipeline
 
     if isinstance(model, DiffusionPipeline):
-        backbone_class = family([cls.__name__ for cls in type(model).__mro__], f"a {type(model).__name__}")
+        backbone_class = family_of(model)
         loading = {"revision": revision, "init_kwargs": init_kwargs, "quantization_config": quantization_config}
         if given := [name for name, value in loading.items() if value]:
             raise ValueError(f"{given} say how a model is loaded, but `model` is a pipeline that is loaded already.")
@@ -86,6 +89,8 @@ def load_backbone(
     index = read_index(model, revision, access(init_kwargs or {}))
     backbone_class = family([index["_class_name"]], f"{os.fspath(model)!r}, a {index['_class_name']}")
     arguments = {name: None for name, entry in index.items() if entry == [None, None]}
+    if denoiser is not None:
+        arguments[backbone_class.DENOISER] = denoiser
     if quantization_config is not None:
         arguments["quantization_config"] = _quantization(quantization_config, backbone_class.DENOISER)
     # As a string: diffusers keeps the name in its configuration, and a `Path` there cannot be written to JSON.
@@ -159,6 +164,16 @@ def family(class_names: list[str], what: str) -> "type[Backbone]":
             return getattr(importlib.import_module(f".{module}", __name__), backbone)
     supported = "; ".join(f"{name} ({models})" for name, (models, *_) in SUPPORTED_PIPELINES.items())
     raise ValueError(f"`model` is {what}, which is not supported. Supported: {supported}.")
+
+
+def family_of(pipeline: "DiffusionPipeline") -> "type[Backbone]":
+    """
+    The backbone of a pipeline's class.
+
+    Raises:
+        `ValueError`: if it is not supported.
+    """
+    return family([cls.__name__ for cls in type(pipeline).__mro__], f"a {type(pipeline).__name__}")
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -34,6 +34,7 @@ from . import to_device
 SAMPLERS = ("dpm", "euler", "sde")
 SIGMAS = ("dpm", "model")
 DECODED_PIXELS = 2**21  # at a time, where `decode_batch_size` does not say
+EMBEDDED_GUIDANCE = 3.5  # FluxPipeline's default
 ENCODE_CACHE_SIZE = 512  # prompts kept in host memory: 1.7 MB each for SD3.5 with T5 in bfloat16
 # Graphs of the blocks' forward, which all blocks share: of three kinds of blocks, with and without gradient, for one
 # batch size and then for any, in training and evaluation, with each view of a policy, merged or not. Torch's own limit
@@ -66,6 +67,8 @@ class Backbone(ABC):
             Tokens of a text encoder of any length, such as T5.
         negative_prompt (`str`, *optional*, defaults to `""`):
             The prompt that guidance leads away from.
+        embedded_guidance (`float`, *optional*):
+            The guidance that a model with it distilled into its weights (FLUX.1-dev) is told, 3.5 if not given.
         offload_text_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoders on the CPU, and on the denoiser's device only while they encode.
         decode_batch_size (`int`, *optional*):
@@ -84,8 +87,8 @@ class Backbone(ABC):
 
     Raises:
         `ValueError`: for an unknown `sampler` or `sigmas` or a pair of them that does not go together, for a
-            pipeline whose scheduler does not fit, for a `decode_batch_size` below 1, and for tiles of a VAE that has
-            none.
+            pipeline whose scheduler does not fit, for a `decode_batch_size` below 1, for tiles of a VAE that has none,
+            and for an `embedded_guidance` that nothing reads.
     """
 
     PIPELINE: ClassVar[str]  # the pipeline's class
@@ -105,6 +108,7 @@ class Backbone(ABC):
         image_size: tuple[int, int] | None = None,
         max_sequence_length: int = 128,
         negative_prompt: str = "",
+        embedded_guidance: float | None = None,
         offload_text_encoders: bool = False,
         decode_batch_size: int | None = None,
         vae_tiling: bool = False,
@@ -115,12 +119,18 @@ class Backbone(ABC):
             raise ValueError(f"`sigmas` is {sigmas!r}; it must be one of {', '.join(map(repr, SIGMAS))}.")
         if decode_batch_size is not None and decode_batch_size < 1:
             raise ValueError(f"`decode_batch_size` is {decode_batch_size}; it must be at least 1, or None.")
+        if embedded_guidance is not None and not self._embeds_guidance(pipeline):
+            raise ValueError(
+                f"`embedded_guidance` is {embedded_guidance}, which only a model that has it distilled into its "
+                f"weights reads, such as FLUX.1-dev, and this {type(pipeline).__name__} is none. Leave it out."
+            )
         self.pipeline = pipeline
         self.denoiser: nn.Module = getattr(pipeline, self.DENOISER)
         self.vae = pipeline.vae
         self.sampler = sampler
         self.max_sequence_length = max_sequence_length
         self.negative_prompt = negative_prompt
+        self.embedded_guidance = EMBEDDED_GUIDANCE if embedded_guidance is None else embedded_guidance
         self.offload_text_encoders = offload_text_encoders
         self.decode_batch_size = decode_batch_size
         self.prompt_embeds: Mapping[str, dict[str, Tensor]] | None = None
@@ -176,6 +186,11 @@ class Backbone(ABC):
     def clean(self, x_t: Tensor, prediction: Tensor, sigma: Tensor | float) -> Tensor:
         """Clean latent that a prediction means."""
 
+    @staticmethod
+    def _embeds_guidance(pipeline: DiffusionPipeline) -> bool:
+        """Whether the denoiser reads `embedded_guidance`."""
+        return False
+
     def _to_vae(self, latents: Tensor) -> Tensor:
         """What the VAE decodes."""
         return latents / self.vae.config.scaling_factor
@@ -201,8 +216,8 @@ class Backbone(ABC):
         """Latents of the walk as the denoiser reads them."""
         return latents
 
-    def _negative_rows(self) -> dict[str, Tensor]:
-        """Rows of the negative prompt, on the device."""
+    def _encode_negative(self) -> dict[str, Tensor]:
+        """The row of the negative prompt, on the device."""
         return self.encode([self.negative_prompt])
 
     def _describe_embeds(self) -> list:
@@ -258,6 +273,29 @@ class Backbone(ABC):
         number = {prompt: i for i, prompt in enumerate(distinct)}
         index = to_device(torch.tensor([number[prompt] for prompt in prompts]), self.device)
         return {name: tensor.index_select(0, index) for name, tensor in conditioning.items()}
+
+    def negative(self) -> dict[str, Tensor]:
+        """
+        Conditioning of the negative prompt, one row: what guidance leads away from, and a dropped prompt becomes.
+
+        It stays on the device, since every guided prediction asks for it.
+        """
+        if self._negative[0] != (self.negative_prompt, self.device):
+            self._negative = (self.negative_prompt, self.device), self._encode_negative()
+        return self._negative[1]
+
+    def pipeline_call(self, guidance_scale: float) -> dict[str, Any]:
+        """
+        Arguments by which a plain pipeline of the family encodes and guides as this backbone does.
+
+        Args:
+            guidance_scale (`float`):
+                Classifier-free guidance; at most 1 is without.
+        """
+        arguments = {"guidance_scale": guidance_scale}
+        if self.negative_prompt and guidance_scale > 1:
+            arguments["negative_prompt"] = self.negative_prompt
+        return arguments
 
     @torch.no_grad()
     def remember(self, prompts: list[str]) -> None:
@@ -566,9 +604,7 @@ class Backbone(ABC):
                 )
         if guidance_scale <= 1:
             return conditioning
-        if self._negative[0] != (self.negative_prompt, self.device):
-            self._negative = (self.negative_prompt, self.device), self._negative_rows()
-        negative = self._negative[1]  # on the device: it is asked for with every guided prediction
+        negative = self.negative()
         return {
             name: torch.cat([negative[name].to(rows.dtype).expand_as(rows), rows])
             for name, rows in conditioning.items()

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from .flow import FlowBackbone
@@ -17,17 +18,11 @@ class FluxBackbone(FlowBackbone):
     Encode, sample, decode and predict with one `FluxPipeline`; see [`~trl_dgpo.backbones.base.Backbone`].
 
     Latents are pictures `(B, C, h, w)` here and are packed into tokens only where the transformer is called. In dev
-    guidance is distilled into the weights: the strength that it is told, `embedded_guidance`, is a part of the
-    condition, in rollouts, training and evaluation alike. `guidance_scale` is guidance by a negative prompt, which the
-    pipeline calls `true_cfg_scale` and which neither needs: leave it at 1.
+    guidance is distilled into the weights: the strength that it is told, `embedded_guidance` here and `guidance_scale`
+    in the pipeline, is a part of the condition, in rollouts, training and evaluation alike. `guidance_scale` is
+    guidance by a negative prompt, which the pipeline calls `true_cfg_scale` and which neither needs: leave it at 1.
 
-    Args:
-        pipeline (`diffusers.FluxPipeline`):
-            FLUX.1-dev, -schnell or a model of their kind.
-        embedded_guidance (`float`, *optional*, defaults to `3.5`):
-            What a model with `guidance_embeds` is told; the pipeline calls it `guidance_scale`.
-        **options:
-            Those of [`~trl_dgpo.backbones.base.Backbone`]. The levels of dev depend on `image_size`.
+    The levels of dev depend on `image_size`.
     """
 
     PIPELINE = "FluxPipeline"
@@ -46,9 +41,9 @@ class FluxBackbone(FlowBackbone):
         "attn.to_add_out",
     )
 
-    def __init__(self, pipeline, *, embedded_guidance: float = 3.5, **options):
-        super().__init__(pipeline, **options)
-        self.embedded_guidance = embedded_guidance
+    @staticmethod
+    def _embeds_guidance(pipeline: DiffusionPipeline) -> bool:
+        return pipeline.transformer.config.guidance_embeds
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape `(C, h, w)` of the latent of an image; see [`~trl_dgpo.backbones.base.Backbone.latent_shape`]."""
@@ -57,6 +52,15 @@ class FluxBackbone(FlowBackbone):
             if size < PATCH * scale or size % (PATCH * scale):
                 raise ValueError(f"`{name}` is {size}; this model takes multiples of {PATCH * scale} pixels.")
         return self.denoiser.config.in_channels // PATCH**2, height // scale, width // scale
+
+    def pipeline_call(self, guidance_scale: float) -> dict[str, Any]:
+        """A plain pipeline's arguments; see [`~trl_dgpo.backbones.base.Backbone.pipeline_call`]."""
+        arguments: dict[str, Any] = {"max_sequence_length": self.max_sequence_length}
+        if self._embeds_guidance(self.pipeline):
+            arguments["guidance_scale"] = self.embedded_guidance
+        if guidance_scale > 1:  # without a negative prompt, be it an empty one, the pipeline does not guide
+            arguments |= {"true_cfg_scale": guidance_scale, "negative_prompt": self.negative_prompt}
+        return arguments
 
     def _steps(self, num_steps: int) -> dict[str, Any]:
         steps = super()._steps(num_steps)
@@ -74,7 +78,7 @@ class FluxBackbone(FlowBackbone):
         hidden_states, pooled = (conditioning[name] for name in self.CONDITIONING)
         rows, (channels, height, width) = len(x_t), x_t.shape[1:]
         guidance = None
-        if self.denoiser.config.guidance_embeds:
+        if self._embeds_guidance(self.pipeline):
             guidance = torch.full((rows,), self.embedded_guidance, dtype=torch.float32, device=x_t.device)
         packed = self.pipeline._pack_latents(x_t, rows, channels, height, width)
         positions = self.pipeline._prepare_latent_image_ids(

@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5: the only file that knows this family."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,6 +56,10 @@ class SD3Backbone(FlowBackbone):
                     f"{patch * config.pos_embed_max_size} pixels."
                 )
         return config.in_channels, height // scale, width // scale
+
+    def pipeline_call(self, guidance_scale: float) -> dict[str, Any]:
+        """A plain pipeline's arguments; see [`~trl_dgpo.backbones.base.Backbone.pipeline_call`]."""
+        return {**super().pipeline_call(guidance_scale), "max_sequence_length": self.max_sequence_length}
 
     def _encode_row(self, prompt: str) -> dict[str, Tensor]:
         hidden_states, _, pooled, _ = self.pipeline.encode_prompt(

@@ -27,8 +27,8 @@ class SDXLBackbone(SD15Backbone):
         )
         return dict(zip(self.CONDITIONING, (hidden_states[0], pooled[0]), strict=True))
 
-    def _negative_rows(self) -> dict[str, Tensor]:
-        rows = super()._negative_rows()
+    def _encode_negative(self) -> dict[str, Tensor]:
+        rows = super()._encode_negative()
         if not self.negative_prompt and self.pipeline.config.force_zeros_for_empty_prompt:
             return {name: torch.zeros_like(tensor) for name, tensor in rows.items()}
         return rows

@@ -35,6 +35,14 @@ class ZImageBackbone(FlowBackbone):
                 raise ValueError(f"`{name}` is {size}; this model takes multiples of {PATCH * scale} pixels.")
         return self.denoiser.config.in_channels, height // scale, width // scale
 
+    def pipeline_call(self, guidance_scale: float) -> dict[str, Any]:
+        """A plain pipeline's arguments; see [`~trl_dgpo.backbones.base.Backbone.pipeline_call`]."""
+        return {
+            **super().pipeline_call(guidance_scale),
+            "guidance_scale": max(guidance_scale - 1, 0.0),
+            "max_sequence_length": self.max_sequence_length,
+        }
+
     def _steps(self, num_steps: int) -> dict[str, Any]:
         steps = super()._steps(num_steps)
         if not self.scheduler.config.get("use_flow_sigmas"):  # its own grid, as the pipeline asks for it

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..backbones import access, load_backbone, read_index
+from ..backbones import access, family, load_backbone, read_index
 from ..policy import read_adapter
 from ..tiny import BUNDLED, pipeline_source
 
@@ -20,7 +20,7 @@ def load_with_lora(model: str, lora: str, *, init_kwargs: dict[str, Any] | None 
     A pipeline that carries a LoRA.
 
     A LoRA in PEFT's format keeps the dtype of its file, as in training; of one in diffusers' format alone the pipeline
-    makes what it makes of any, which rounds it to the transformer's dtype.
+    makes what it makes of any, which rounds it to the denoiser's dtype.
 
     Args:
         model (`str`):
@@ -39,9 +39,10 @@ def load_with_lora(model: str, lora: str, *, init_kwargs: dict[str, Any] | None 
 
     where = access(init_kwargs or {})
     is_peft = read_adapter(lora, **where) is not None
-    pipeline = load_backbone(pipeline_source(model), init_kwargs=init_kwargs, **loading).pipeline
+    backbone = load_backbone(pipeline_source(model), init_kwargs=init_kwargs, **loading)
+    pipeline = backbone.pipeline
     if is_peft:
-        pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, lora, **where)
+        setattr(pipeline, backbone.DENOISER, PeftModel.from_pretrained(backbone.denoiser, lora, **where))
     else:
         pipeline.load_lora_weights(lora, **where)
     return pipeline
@@ -49,7 +50,7 @@ def load_with_lora(model: str, lora: str, *, init_kwargs: dict[str, Any] | None 
 
 def check_models(model: str, loras: list[str], *, init_kwargs: dict[str, Any] | None = None) -> None:
     """
-    Find the models, and load the LoRAs onto the base's transformer without its weights, which takes seconds.
+    Find the models, and load the LoRAs onto the base's denoiser without its weights, which takes seconds.
 
     So what is missing or does not fit is told before the base has been drawn with for hours.
 
@@ -75,21 +76,22 @@ def check_models(model: str, loras: list[str], *, init_kwargs: dict[str, Any] | 
         return
     source = pipeline_source(model)
     index = read_index(source, revision, where)
-    library, class_name = index["transformer"]
-    transformer_class = getattr(import_module(library), class_name)
+    name = family([index["_class_name"]], f"{model!r}, a {index['_class_name']}").DENOISER
+    library, class_name = index[name]
+    denoiser_class = getattr(import_module(library), class_name)
     pipeline_class = getattr(import_module(library), index["_class_name"])
-    config = transformer_class.load_config(source, subfolder="transformer", revision=revision, **where)
+    config = denoiser_class.load_config(source, subfolder=name, revision=revision, **where)
     for lora in loras:
         with torch.device("meta"):
-            transformer = transformer_class.from_config(config)
+            denoiser = denoiser_class.from_config(config)
         try:
-            given, taken = _put_on(transformer, pipeline_class, lora, where)
+            given, taken = _put_on(denoiser, name, pipeline_class, lora, where)
         except Exception as error:  # PEFT, diffusers, safetensors and the Hub raise what they like
             reason = " ".join(str(error).split())
             raise ValueError(f"`lora` has {lora!r}, which cannot be put onto {model!r}: {reason[:400]}") from error
         if given != taken or not given:
             raise ValueError(
-                f"`lora` has {lora!r}, which does not fit {model!r}: it has {given} tensors for a transformer, and "
+                f"`lora` has {lora!r}, which does not fit {model!r}: it has {given} tensors for a {name}, and "
                 f"{taken} are needed for the same layers here. Give the base that it was trained on."
             )
 
@@ -125,7 +127,7 @@ def model_record(
     """
     Which model it is: its name, and what changes when training goes on under that name.
 
-    That is for a LoRA's folder a hash of its weights, for a pipeline's the sizes and times of the transformer's files
+    That is for a LoRA's folder a hash of its weights, for a pipeline's the sizes and times of the denoiser's files
     (hashing gigabytes would take minutes in every call; a copy has to keep the times, as `cp -p` does), and for an id
     the commit in the Hub's cache.
 
@@ -140,7 +142,7 @@ def model_record(
             Where the Hub's cache is, if not at its place.
 
     Returns:
-        `dict` with `name` and perhaps `sha256`, `transformer` or `commit`.
+        `dict` with `name` and perhaps `sha256`, `transformer`, `unet` or `commit`.
 
     Raises:
         `ValueError`: if it has to be a LoRA and is a folder without one, or one that is not there.
@@ -155,9 +157,9 @@ def model_record(
             f"`lora` has {name!r}, in which there is no LoRA: neither adapter_model.safetensors nor "
             "pytorch_lora_weights.safetensors."
         )
-    weights = sorted((path / "transformer").glob("*.safetensors"))
-    if weights:
-        return {"name": name, "transformer": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in weights}}
+    for denoiser in ("transformer", "unet"):
+        if weights := sorted((path / denoiser).glob("*.safetensors")):
+            return {"name": name, denoiser: {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in weights}}
     # An id has the form "owner/name"; anything else can only have been meant as a path.
     is_id = not path.exists() and not path.is_absolute() and len(path.parts) == 2 and name[0] not in "~."
     if is_lora and not is_id:
@@ -196,17 +198,19 @@ def image_settings(args: Any, quantization: dict[str, Any] | None) -> dict[str, 
         `dict` that can be written as JSON.
     """
     loading = args.model_init_kwargs or {}
+    told = {} if args.embedded_guidance is None else {"embedded_guidance": args.embedded_guidance}
     names = ("height", "width", "eval_num_steps", "eval_guidance_scale", "sampler", "sigmas", "max_sequence_length")
     return {
         **{name: getattr(args, name) for name in (*names, "negative_prompt", "vae_tiling")},
+        **told,
         "dtype": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "quantization": quantization,
         "loading": {name: str(value) for name, value in loading.items() if name not in access(loading)},
     }
 
 
-def _put_on(transformer: Any, pipeline_class: type, lora: str, where: dict[str, Any]) -> tuple[int, int]:
-    """Tensors that a LoRA has, and those of it in a transformer that now carries it. Raises where shapes differ."""
+def _put_on(denoiser: Any, name: str, pipeline_class: type, lora: str, where: dict[str, Any]) -> tuple[int, int]:
+    """Tensors that a LoRA has, and those of it in a denoiser that now carries it. Raises where shapes differ."""
     from peft import get_peft_model
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -214,15 +218,16 @@ def _put_on(transformer: Any, pipeline_class: type, lora: str, where: dict[str, 
         warnings.simplefilter("ignore")  # that weights which are not there are not written, and have no name
         if (adapter := read_adapter(lora, **where)) is not None:
             with torch.device("meta"):
-                model = get_peft_model(transformer, adapter.config)
+                model = get_peft_model(denoiser, adapter.config)
             set_peft_model_state_dict(model, adapter.weights)
             return len(adapter.weights), len(get_peft_model_state_dict(model))
         weights = pipeline_class.lora_state_dict(lora, **where)
-        given = [key for key in weights if key.startswith("transformer.") and not key.endswith(".alpha")]
+        weights, alphas = weights if isinstance(weights, tuple) else (weights, None)  # a UNet's come apart
+        given = [key for key in weights if key.startswith(f"{name}.") and not key.endswith(".alpha")]
         if not given:
             return 0, 0
-        pipeline_class.load_lora_into_transformer(weights, transformer=transformer, adapter_name="default")
-        return len(given), len(get_peft_model_state_dict(transformer))
+        denoiser.load_lora_adapter(weights, prefix=name, network_alphas=alphas, adapter_name="default")
+        return len(given), len(get_peft_model_state_dict(denoiser))
 
 
 def _cached_commit(name: str, revision: str | None, cache_dir: str | None) -> str | None:

@@ -38,7 +38,7 @@ from transformers.utils import PushInProgress
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..backbones import access, load_backbone, to_device
+from ..backbones import access, family_of, load_backbone, to_device
 from ..callbacks import (
     CompletionsCallback,
     RewardProgressCallback,
@@ -81,7 +81,7 @@ REWARD_CONTEXT = ("trainer_state",)
 
 class DiffusionTrainer(_BaseTrainer):
     r"""
-    Base of the trainers: Trainer around a diffusion pipeline's transformer.
+    Base of the trainers: Trainer around a diffusion pipeline's transformer or UNet.
 
     Args:
         model (`str`, `os.PathLike`, `~diffusers.DiffusionPipeline` or `~peft.PeftModel`):
@@ -148,7 +148,7 @@ class DiffusionTrainer(_BaseTrainer):
         shown = args.num_log_images > 0
         views = (*(("ema",) if args.save_ema or eval_dataset is not None or shown else ()), *self._views(args))
         self.policy = Policy(self.backbone.denoiser, peft_config, views, start)
-        if peft_config is not None:  # PEFT has asked the transformer, which is only a part of the model
+        if peft_config is not None:  # PEFT has asked the denoiser, which is only a part of the model
             peft_config.base_model_name_or_path, peft_config.revision = self.base_model, self._base_revision
         if args.merge_adapter:
             self.policy.using(merged=True)  # which says why, where it cannot be
@@ -232,6 +232,8 @@ class DiffusionTrainer(_BaseTrainer):
             method_fields=tuple(sorted({f.name for f in dataclasses.fields(self.args)} - _NOT_OF_THE_METHOD)),
             base_model=self.base_model,
             pipeline_class=type(self.backbone.pipeline).__name__,
+            denoiser=self.backbone.DENOISER,
+            pipeline_call=self.backbone.pipeline_call(self.args.eval_guidance_scale),
             reward_names=() if self.scorer is None else tuple(self.scorer.names),
             hub_model_id=self.hub_model_id,
             **more,
@@ -243,12 +245,13 @@ class DiffusionTrainer(_BaseTrainer):
         """Make `self.backbone`; return the LoRA that the model brings."""
         init_kwargs = dict(args.model_init_kwargs or {})
         revision = init_kwargs.pop("revision", None)
-        start = None
+        start = denoiser = None
         if isinstance(model, PeftModel):
-            init_kwargs["transformer"], start = take_adapter(model)
+            denoiser, start = take_adapter(model)
         elif isinstance(model, DiffusionPipeline):
-            if hasattr(model, "transformer"):
-                model.transformer, start = take_adapter(model.transformer)
+            name = family_of(model).DENOISER
+            bare, start = take_adapter(getattr(model, name))
+            setattr(model, name, bare)
         elif model != BUNDLED and isinstance(model, (str, os.PathLike)):
             start = read_adapter(model, revision=revision, **access(init_kwargs))
         if start is not None and not isinstance(model, DiffusionPipeline):
@@ -259,8 +262,8 @@ class DiffusionTrainer(_BaseTrainer):
                 raise ValueError(
                     f"The LoRA {model if isinstance(model, (str, os.PathLike)) else 'in `model`'} does not name the "
                     "pipeline that it belongs to (`base_model_name_or_path`). Load that pipeline, give it the LoRA "
-                    "(`pipeline.load_lora_weights(...)`, or `pipeline.transformer = peft_model`), and pass it as "
-                    "`model`."
+                    "(`pipeline.load_lora_weights(...)`, or the `PeftModel` as its transformer or UNet), and pass it "
+                    "as `model`."
                 )
             model = start.base_model
         self.backbone = load_backbone(
@@ -269,11 +272,13 @@ class DiffusionTrainer(_BaseTrainer):
             dtype=None if isinstance(model, DiffusionPipeline) else _load_dtype(args),
             init_kwargs=init_kwargs,
             quantization_config=quantization_config,
+            denoiser=denoiser,
             sampler=args.sampler,
             sigmas=args.sigmas,
             image_size=(args.height, args.width),
             max_sequence_length=args.max_sequence_length,
             negative_prompt=args.negative_prompt,
+            embedded_guidance=args.embedded_guidance,
             offload_text_encoders=args.offload_text_encoders,
             decode_batch_size=args.decode_batch_size,
             vae_tiling=args.vae_tiling,
@@ -837,7 +842,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _switching_modes_quickly(model: nn.Module) -> Iterator[None]:
     # Trainer puts the model into training mode in every micro-step, a walk over thousands of modules that mostly finds
     # them there already.
-    if "train" in vars(model):  # the transformer, trained as a whole, is the model
+    if "train" in vars(model):  # the denoiser, trained as a whole, is the model
         yield
         return
     model.train(model.training)  # all of them: an adapter's modules come in training mode

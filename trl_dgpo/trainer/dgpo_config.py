@@ -79,6 +79,9 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             Tokens of the third text encoder.
         negative_prompt (`str`, *optional*, defaults to `""`):
             The unconditional side of guidance.
+        embedded_guidance (`float`, *optional*):
+            What a model with guidance distilled into its weights (FLUX.1-dev) is told, in rollouts, training and
+            evaluation; 3.5 if not set. Refused with any other model.
         old_policy_after (`int`, *optional*, defaults to `200`):
             Optimiser steps after which rollouts come from the old policy, from the next round on. `None` or -1 for
             never.
@@ -299,8 +302,11 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     )
     resolution: int = field(default=512, metadata={"help": "Height of the images in pixels, and width unless set."})
     width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
-    max_sequence_length: int = field(default=128, metadata={"help": "Tokens of the third text encoder."})
+    max_sequence_length: int = field(default=128, metadata={"help": "Tokens of a text encoder of any length."})
     negative_prompt: str = field(default="", metadata={"help": "The unconditional side of guidance."})
+    embedded_guidance: float | None = field(
+        default=None, metadata={"help": "What FLUX.1-dev is told of its distilled guidance, 3.5 if not set."}
+    )
     old_policy_after: int | None = field(
         default=200,
         metadata={"help": "Optimiser steps after which rollouts come from the old policy. -1 for never."},

@@ -103,7 +103,8 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
 
     Args:
         model (`str`, `os.PathLike` or `~diffusers.DiffusionPipeline`):
-            Hub id, folder, `"tiny"` (the bundled model) or pipeline. A pipeline's transformer is changed in place.
+            Hub id, folder, `"tiny"` (the bundled model) or pipeline. A pipeline's transformer or UNet is changed in
+            place.
         reward_funcs (callable or `list` of callables, *optional*):
             Rewards in TRL's keyword form: `f(prompts, completions, **kwargs) -> list[float | None]`, `async` or not,
             where `completions`, also given as `images`, is a list of `PIL.Image` and each other column of the data set
@@ -130,7 +131,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
 
     Attributes:
         policy ([`~trl_dgpo.policy.Policy`]):
-            The transformer and its views.
+            The transformer or UNet, and its views.
         backbone:
             The pipeline behind the family's protocol.
         buffer ([`GroupRolloutBuffer`]):
@@ -520,7 +521,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             torch.rand(1, generator=generator(self.args.seed, "dropout", *key, g)) for g in rollout.groups.tolist()
         ]
         dropped = to_device(torch.cat(draws) < self.args.prompt_dropout, rollout.x0.device)
-        empty = self.backbone.encode([self.args.negative_prompt])
+        empty = self.backbone.negative()
         return {
             name: torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), empty[name].to(rows), rows)
             for name, rows in rollout.conditioning.items()
