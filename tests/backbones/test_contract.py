@@ -13,6 +13,7 @@ from tiny_models import tiny_random_pipeline
 from tiny_trainers import scramble, tiny_trainer, weights
 
 from trl_dgpo.backbones import load_backbone
+from trl_dgpo.evaluation.models import check_models, load_with_lora
 from trl_dgpo.noising import trainable_levels
 
 
@@ -20,6 +21,7 @@ PROMPTS = ["a cat", "two dogs, one hat"]
 LENGTH = 16
 SIZE = (32, 64)
 NAMES = ["sd3", *FAMILIES]
+WALK = {"num_steps": 2, "guidance_scale": 1.0}
 
 
 def pipeline_of(name: str) -> DiffusionPipeline:
@@ -164,49 +166,98 @@ def test_images_are_encoded_and_decoded(name):
     assert backbone.encode_images(images).shape == x0.shape
 
 
+def trainer_of(name: str, folder, *, model=None, **config):
+    config = {"sampler": "euler", "resolution": SIZE[0], "width": SIZE[1], "max_sequence_length": LENGTH, **config}
+    return tiny_trainer(folder, model=pipeline_of(name) if model is None else model, **config)
+
+
+def drawn_by(pipeline_or_folder) -> torch.Tensor:
+    """Latents of the two prompts, as evaluations draw them."""
+    backbone = load_backbone(pipeline_or_folder, sampler="euler", image_size=SIZE, max_sequence_length=LENGTH)
+    latents = noise(2, *backbone.latent_shape(*SIZE))
+    return backbone.sample(latents, backbone.encode(PROMPTS), num_steps=2, guidance_scale=1.0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_training_step_moves_the_lora_alone(name, tmp_path):
-    trainer = tiny_trainer(
-        tmp_path,
-        model=pipeline_of(name),
-        sampler="euler",
-        resolution=SIZE[0],
-        width=SIZE[1],
-        max_sequence_length=LENGTH,
-        learning_rate=1e-2,
-    )
+    trainer = trainer_of(name, tmp_path, learning_rate=1e-2)
     scramble(trainer)
     lora = weights(trainer)
-    frozen = {
-        key: tensor.clone() for key, tensor in trainer.backbone.denoiser.state_dict().items() if "lora" not in key
-    }
+    whole = {key: tensor.clone() for key, tensor in trainer.backbone.denoiser.state_dict().items()}
     trainer.train()
     assert any(not torch.equal(tensor, lora[key]) for key, tensor in weights(trainer).items())
     after = trainer.backbone.denoiser.state_dict()
-    assert all(torch.equal(tensor, after[key]) for key, tensor in frozen.items())
+    frozen = [key for key in whole if "lora_" not in key]
+    assert 0 < len(frozen) < len(whole)
+    assert all(torch.equal(whole[key], after[key]) for key in frozen)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ways_to_save_memory_change_nothing(name, tmp_path):
+    plain = trainer_of(name, tmp_path / "plain", learning_rate=1e-2)
+    saving = trainer_of(
+        name,
+        tmp_path / "saving",
+        learning_rate=1e-2,
+        gradient_checkpointing=True,
+        offload_text_encoders=True,
+        precompute_prompt_embeds=True,
+        per_device_train_batch_size=4,
+    )
+    for trainer in (plain, saving):
+        scramble(trainer)
+        trainer.train()
+    assert saving.backbone.denoiser.is_gradient_checkpointing
+    assert saving.backbone.prompt_embeds is not None
+    torch.testing.assert_close(weights(saving), weights(plain), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_lora_gives_the_same_bits_in_a_plain_pipeline(name, tmp_path):
-    trainer = tiny_trainer(
-        tmp_path,
-        model=pipeline_of(name),
-        sampler="euler",
-        resolution=SIZE[0],
-        width=SIZE[1],
-        max_sequence_length=LENGTH,
-    )
+    base, saved = str(tmp_path / "base"), tmp_path / "lora"
+    pipeline_of(name).save_pretrained(base)
+    unchanged = drawn_by(base)
+    assert torch.equal(unchanged, drawn_by(pipeline_of(name)))
+    trainer = trainer_of(name, saved, model=base)
     scramble(trainer)
-    trainer.backbone.save_lora(tmp_path, trainer.policy.lora_state_dict(), trainer.policy.peft_config.to_dict())
+    scramble(trainer, "ema")
+    trainer.save_model()
+    mine = drawn_by(trainer.backbone.pipeline)
+    assert not torch.equal(mine, unchanged)
     plain = pipeline_of(name)
-    plain.load_lora_weights(tmp_path)
-    other = load_backbone(plain, sampler="euler", image_size=SIZE, max_sequence_length=LENGTH)
-    latents = noise(2, *other.latent_shape(*SIZE))
-    call = {"num_steps": 2, "guidance_scale": 1.0}
-    mine = trainer.backbone.sample(latents, trainer.backbone.encode(PROMPTS), **call)
-    assert torch.equal(mine, other.sample(latents, other.encode(PROMPTS), **call))
-    base = backbone_of(name, sigmas="dpm")
-    assert not torch.equal(mine, base.sample(latents, base.encode(PROMPTS), **call))
+    plain.load_lora_weights(saved)
+    assert torch.equal(drawn_by(plain), mine)
+    # As the commands find it, in PEFT's format and in diffusers'.
+    check_models(base, [str(saved)])
+    assert torch.equal(drawn_by(load_with_lora(base, str(saved))), mine)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (saved / file).unlink()
+    check_models(base, [str(saved)])
+    assert torch.equal(drawn_by(load_with_lora(base, str(saved))), mine)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_that_is_trained_whole_is_saved_under_its_name(name, tmp_path):
+    trainer = trainer_of(name, tmp_path, full_finetuning=True, learning_rate=1e-3, save_ema=False)
+    trainer.train()
+    trainer.save_model()
+    folder = trainer.backbone.DENOISER
+    saved = type(trainer.backbone.denoiser).from_pretrained(tmp_path / folder)
+    pipeline = pipeline_of(name)
+    unchanged = drawn_by(pipeline)
+    setattr(pipeline, folder, saved.eval())
+    assert torch.equal(drawn_by(pipeline), drawn_by(trainer.backbone.pipeline))
+    assert not torch.equal(drawn_by(pipeline), unchanged)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_are_found_and_compiled(name):
+    backbone = backbone_of(name)
+    before = backbone.sample(*(args := (noise(2, *backbone.latent_shape(*SIZE)), backbone.encode(PROMPTS))), **WALK)
+    backbone.compile_blocks("eager")
+    compiled = [module for module in backbone.denoiser.modules() if module._compiled_call_impl is not None]
+    assert compiled
+    assert torch.equal(backbone.sample(*args, **WALK), before)
 
 
 def test_only_distilled_guidance_is_told():

@@ -46,6 +46,39 @@ def load_backbone(
     Backbone of a model given by name, by folder or as a pipeline.
 
     Args:
+        model, revision, dtype, init_kwargs, quantization_config, denoiser:
+            See [`load_pipeline`].
+        **options:
+            Arguments of the family's backbone, such as `sampler`, `max_sequence_length` and `offload_text_encoders` of
+            [`~trl_dgpo.backbones.base.Backbone`].
+
+    Raises:
+        `TypeError`, `ValueError`: as [`load_pipeline`], and what the backbone refuses.
+    """
+    pipeline = load_pipeline(
+        model,
+        revision=revision,
+        dtype=dtype,
+        init_kwargs=init_kwargs,
+        quantization_config=quantization_config,
+        denoiser=denoiser,
+    )
+    return family_of(pipeline)(pipeline, **options)
+
+
+def load_pipeline(
+    model: "str | os.PathLike | DiffusionPipeline",
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    init_kwargs: dict[str, Any] | None = None,
+    quantization_config: Any = None,
+    denoiser: torch.nn.Module | None = None,
+) -> "DiffusionPipeline":
+    """
+    Pipeline of a family that there is a backbone for.
+
+    Args:
         model (`str`, `os.PathLike` or `diffusers.DiffusionPipeline`):
             Id on the Hub, folder in diffusers' layout (components that its `model_index.json` lists as null, such as a
             left-out third text encoder, are left out), or a pipeline, which is used as it is, not copied.
@@ -61,9 +94,6 @@ def load_backbone(
             How the denoiser of a named model is quantised.
         denoiser (`torch.nn.Module`, *optional*):
             What stands in the place of a named model's transformer or UNet.
-        **options:
-            Arguments of the family's backbone, such as `sampler`, `max_sequence_length` and `offload_text_encoders` of
-            [`~trl_dgpo.backbones.base.Backbone`].
 
     Raises:
         `TypeError`: if `model` or `quantization_config` is none of these.
@@ -73,14 +103,14 @@ def load_backbone(
     from diffusers import DiffusionPipeline
 
     if isinstance(model, DiffusionPipeline):
-        backbone_class = family_of(model)
+        family_of(model)
         loading = {"revision": revision, "init_kwargs": init_kwargs, "quantization_config": quantization_config}
         if given := [name for name, value in loading.items() if value]:
             raise ValueError(f"{given} say how a model is loaded, but `model` is a pipeline that is loaded already.")
         for name, component in model.components.items():
             if dtype is not None and name != "vae" and isinstance(component, torch.nn.Module):
                 component.to(dtype)
-        return backbone_class(model, **options)
+        return model
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(
             f"`model` is a {type(model).__name__}; it must be an id on the Hub, a folder or a diffusers pipeline."
@@ -94,12 +124,11 @@ def load_backbone(
     if quantization_config is not None:
         arguments["quantization_config"] = _quantization(quantization_config, backbone_class.DENOISER)
     # As a string: diffusers keeps the name in its configuration, and a `Path` there cannot be written to JSON.
-    pipeline = DiffusionPipeline.from_pretrained(
+    return DiffusionPipeline.from_pretrained(
         os.fspath(model),
         revision=revision,
         **{"dtype": {"default": dtype or torch.float32, "vae": torch.float32}, **arguments, **(init_kwargs or {})},
     )
-    return backbone_class(pipeline, **options)
 
 
 def _quantization(config: Any, denoiser: str) -> Any:

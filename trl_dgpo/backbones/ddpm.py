@@ -26,8 +26,8 @@ class DDPMBackbone(Backbone):
     """
     A backbone of DDPM; see [`~trl_dgpo.backbones.base.Backbone`].
 
-    `sigmas="dpm"` walks DPM-Solver++ (of order one, which is DDIM, for `sampler="euler"`) with the betas, the
-    prediction and the spacing of the pipeline's own scheduler, as `DPMSolverMultistepScheduler.from_config` does;
+    `sigmas="dpm"` walks DPM-Solver++ (of order one, which is DDIM, for `sampler="euler"`) with the betas and
+    the prediction of the pipeline's own scheduler, on equally spaced timesteps from the last one on;
     `sigmas="model"` the pipeline's own, if it is DDIM, Euler or DPM-Solver++. There are no stochastic steps, so no
     Flow-GRPO.
     """
@@ -85,7 +85,7 @@ class DDPMBackbone(Backbone):
         if sampler == "sde":
             raise ValueError(
                 f"`sampler` is 'sde', the stochastic steps of flow matching, and `model` is a {self.PIPELINE}; take "
-                "'dpm' or 'euler'."
+                "'dpm' or 'euler', with another method than Flow-GRPO."
             )
         if sigmas == "dpm":
             return 1.0, DPMSolverMultistepScheduler.from_config(
@@ -96,6 +96,8 @@ class DDPMBackbone(Backbone):
                 lower_order_final=True,
                 euler_at_final=False,
                 final_sigmas_type="zero",
+                # Else a saved configuration, which names all values, would walk another way than the one in memory.
+                timestep_spacing="linspace",
             )
         if sampler == "dpm":
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..backbones import access, family, load_backbone, read_index
+from ..backbones import access, family, family_of, load_pipeline, read_index
 from ..policy import read_adapter
 from ..tiny import BUNDLED, pipeline_source
 
@@ -28,7 +28,7 @@ def load_with_lora(model: str, lora: str, *, init_kwargs: dict[str, Any] | None 
         lora (`str`):
             Id or folder of the LoRA.
         init_kwargs (`dict`, *optional*):
-            See [`~trl_dgpo.backbones.load_backbone`].
+            See [`~trl_dgpo.backbones.load_pipeline`].
         **loading:
             Its `revision` (of the base model), `dtype` and `quantization_config`.
 
@@ -39,10 +39,10 @@ def load_with_lora(model: str, lora: str, *, init_kwargs: dict[str, Any] | None 
 
     where = access(init_kwargs or {})
     is_peft = read_adapter(lora, **where) is not None
-    backbone = load_backbone(pipeline_source(model), init_kwargs=init_kwargs, **loading)
-    pipeline = backbone.pipeline
+    pipeline = load_pipeline(pipeline_source(model), init_kwargs=init_kwargs, **loading)
     if is_peft:
-        setattr(pipeline, backbone.DENOISER, PeftModel.from_pretrained(backbone.denoiser, lora, **where))
+        name = family_of(pipeline).DENOISER
+        setattr(pipeline, name, PeftModel.from_pretrained(getattr(pipeline, name), lora, **where))
     else:
         pipeline.load_lora_weights(lora, **where)
     return pipeline
@@ -61,7 +61,7 @@ def check_models(model: str, loras: list[str], *, init_kwargs: dict[str, Any] | 
         loras (`list[str]`):
             Ids or folders of the LoRAs.
         init_kwargs (`dict`, *optional*):
-            See [`~trl_dgpo.backbones.load_backbone`]; its `revision` is the base model's.
+            See [`~trl_dgpo.backbones.load_pipeline`]; its `revision` is the base model's.
 
     Raises:
         `ValueError`: if there is no such model, it is a LoRA that others shall go onto, or a LoRA cannot be read or
