@@ -129,11 +129,18 @@ AUTHORS = {
     "full_finetuning": False,
 }
 # Of other papers, or ours.
-OTHERS = {"sd35_gpo", "sd35_flow_grpo", "sd35_diffusion_dpo", "sd35_pickapic"}
+OTHERS = {"sd35_gpo", "sd35_flow_grpo", "sd35_diffusion_dpo", "sd35_pickapic", "sdxl_pickscore", "flux_pickscore"}
 # Of the comparison's search: method and schedule.
 COMPARED = {"tiny_flow_grpo": ("flow_grpo", "short"), "tiny_diffusion_dpo": ("online_dpo", "short")}
 # What the recipe leaves to the command line.
-REST = {"sd35_pickscore": ("--dataset_name", "prompts.txt")}
+REST = dict.fromkeys(("sd35_pickscore", "sdxl_pickscore", "flux_pickscore"), ("--dataset_name", "prompts.txt"))
+# By the first part of a recipe's name.
+MODELS = {
+    "tiny": "tiny",
+    "sd35": "stabilityai/stable-diffusion-3.5-medium",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "flux": "black-forest-labs/FLUX.1-dev",
+}
 
 
 def read(name: str, *flags: str):
@@ -151,7 +158,8 @@ def kept_levels(args: DGPOConfig) -> int:
 
 
 def test_there_are_the_recipes_that_were_promised():
-    assert RECIPES.keys() == PUBLISHED.keys() | OTHERS | COMPARED.keys() | {"tiny_ocr", "tiny_ocr_jpeg", "tiny_gpo"}
+    ours = {"tiny_ocr", "tiny_ocr_jpeg", "tiny_gpo", "tiny_sdxl"}
+    assert RECIPES.keys() == PUBLISHED.keys() | OTHERS | COMPARED.keys() | ours
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -181,12 +189,15 @@ def test_rounds_and_levels_are_those_of_the_authors():
         "tiny_gpo": 72,
         "tiny_flow_grpo": 72,
         "tiny_diffusion_dpo": 72,
+        "sdxl_pickscore": 192,
+        "flux_pickscore": 192,
+        "tiny_sdxl": 32,
     }
     # trunc_steps is the last index that is kept: 6 and 4.
     on_grid = {name: kept_levels(config(name)) for name in ("sd35_ocr", "sd35_geneval", "sd35_pickscore", "sd35_gpo")}
     assert on_grid == {"sd35_ocr": 7, "sd35_geneval": 5, "sd35_pickscore": 7, "sd35_gpo": 10}
     # Whole groups for each of the authors' four processes.
-    assert all(config(name).prompts_per_round % 4 == 0 for name in RECIPES if name.startswith("sd35"))
+    assert all(config(name).prompts_per_round % 4 == 0 for name in RECIPES if not name.startswith("tiny"))
 
 
 def test_gpo_is_the_papers_where_it_names_a_number():
@@ -218,9 +229,9 @@ def test_pairs_of_people_need_no_reward():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_names_its_model_and_what_it_lacks(name):
     script, args, model = read(name, *REST.get(name, ()))
-    assert model.model_name_or_path == (
-        "tiny" if name.startswith("tiny") else "stabilityai/stable-diffusion-3.5-medium"
-    )
+    # The small SDXL is where the example leaves it.
+    expected = "outputs/sdxl-tiny/base" if name == "tiny_sdxl" else MODELS[name.partition("_")[0]]
+    assert model.model_name_or_path == expected
     assert script.dataset_name or script.rollouts_name
     assert script.reward_funcs or script.rollouts_name
     if name in REST:
@@ -237,7 +248,7 @@ def test_two_rewards_are_the_one_and_another():
     assert len(both[0].reward_funcs) == len(both[1].reward_weights) == 2
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("sd35")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("tiny")])
 def test_a_recipe_says_where_its_numbers_are_from(name):
     header = RECIPES[name].read_text().split("\ntrainer:")[0]
     assert "Not run here on the real weights" in header
