@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from tiny_families import tiny_family
 from tiny_models import tiny_random_pipeline
 
 
@@ -71,6 +72,18 @@ def test_a_ddpo_script_trains(run_script, tmp_path):
     before = picture(pipeline)
     pipeline.load_lora_weights(tmp_path / "trainer_output")  # the script's `training_args.output_dir`
     assert not torch.equal(picture(pipeline), before)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_ddpo_script_trains_the_model_that_it_trained(run_script, tmp_path):
+    tiny_family("sd15").save_pretrained("sd15")
+    flags = ("--pretrained_model=sd15", "--num_epochs=1", "--sample_batch_size=4", "--sample_num_batches_per_epoch=1")
+    trainer = run_script(*flags, "--sample_num_steps=10", "--save_strategy=no")["trainer"]
+    assert trainer.state.global_step == 1
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "sd15", safety_checker=None)
+    assert not hasattr(pipeline.unet, "peft_config")
+    pipeline.load_lora_weights(tmp_path / "trainer_output")
+    assert pipeline.unet.peft_config
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
