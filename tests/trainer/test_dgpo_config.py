@@ -6,10 +6,10 @@ import warnings
 import pytest
 from tiny_trainers import tiny_config
 
-from trl_dgpo import DGPOConfig, DiffusionDPOConfig, DiffusionSFTConfig, FlowGRPOConfig, GPOConfig
+from trl_dgpo import DGPOConfig, DiffusionDPOConfig, DiffusionSFTConfig, FlowGRPOConfig, GPOConfig, TDMR1Config
 
 
-CONFIGS = [DGPOConfig, GPOConfig, FlowGRPOConfig, DiffusionDPOConfig, DiffusionSFTConfig]
+CONFIGS = [DGPOConfig, GPOConfig, FlowGRPOConfig, DiffusionDPOConfig, DiffusionSFTConfig, TDMR1Config]
 # Another value than the default of any method that has nothing to choose there.
 OTHER = {
     "advantage_clip": 5.0,

@@ -84,9 +84,9 @@ class TDMR1Config(DGPOConfig):
         adam_beta1 (`float`, *optional*, defaults to `0.0`):
             Its \\( \beta_1 \\) of AdamW.
         reward_weight (`float`, *optional*, defaults to `0.7`):
-            Weight \( w \) of what the surrogate has learned, in (0, 1]: a step learns \( (1 - w) L_{\mathrm{cfg}} +
-            w L_{\mathrm{reward}} + L_{\mathrm{kl}} \), and one after `reward_steps` \( (1 - w) (L_{\mathrm{cfg}} +
-            L_{\mathrm{kl}}) \).
+            Weight \\( w \\) of what the surrogate has learned, in (0, 1]: a step learns \\( (1 - w) L_{\mathrm{cfg}} +
+            w L_{\mathrm{reward}} + L_{\mathrm{kl}} \\), and one after `reward_steps` \\( (1 - w) (L_{\mathrm{cfg}} +
+            L_{\mathrm{kl}}) \\).
         reward_steps (`int`, *optional*):
             How many of the first steps of a rollout learn from the surrogate. All if not set (the authors: all for OCR
             and GenEval, the first two for preferences).
@@ -203,7 +203,7 @@ class TDMR1Config(DGPOConfig):
 
     @property
     def noises_per_update(self) -> int:
-        # Only the surrogate's noise is shared, and they are not drawn at a time.
+        # Only the surrogate's is shared, and there is one optimiser step's at a time.
         return self.groups_per_update * self.num_generations
 
     @property
