@@ -182,10 +182,11 @@ class DiffusionTrainer(_BaseTrainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback)
         self._add_pictures()
-        if 0 < args.max_steps < args.ema_every and "ema" in self.policy.views:
+        own_steps = args.max_steps // args.num_adapters
+        if args.max_steps > 0 and own_steps < args.ema_every and "ema" in self.policy.views:
             logger.warning(
-                "`max_steps` (%d) is below `ema_every` (%d): the `ema` weights, which are evaluated%s, will not "
-                "move. Lower `ema_every`.",
+                "`max_steps` (%d) gives the policy fewer steps than `ema_every` (%d): the `ema` weights, which are "
+                "evaluated%s, will not move. Lower `ema_every`.",
                 args.max_steps,
                 args.ema_every,
                 " and saved" if args.save_ema else "",

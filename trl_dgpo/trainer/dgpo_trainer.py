@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 # Names in the log that a reward cannot give to numbers of its own.
 _OWN_METRICS = {
     *("loss", "learning_rate", "grad_norm", "epoch", "step", "objective", "gate_mean", "clip_ratio", "kl"),
-    *("ratio_mean", "approx_kl"),
+    *("ratio_mean", "approx_kl", "drift_ratio"),
     *("reward", "reward_std", "frac_reward_zero_std", "rewards_failed", "advantage_clip_ratio"),
     *("num_pairs", "pair_margin"),
 }
