@@ -216,6 +216,7 @@ def test_tdm_r1_is_the_authors():
     args = config("sd35_tdm_r1")
     ours = {"output_dir", "run_name", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"}
     ours |= {"eval_strategy", "eval_steps", "do_eval", "save_steps", "save_total_limit", "save_strategy"}
+    ours.add("train_batch_size")  # DDPO's name of the first
     default = type(args)(output_dir="x", prompts_per_round=48)  # whose defaults are theirs
     differing = {f.name for f in fields(args) if getattr(args, f.name) != getattr(default, f.name)}
     assert differing <= ours

@@ -24,6 +24,7 @@ from tiny_trainers import (
 )
 from transformers import TrainerCallback
 
+from trl_dgpo.noising import unshift
 from trl_dgpo.rollout import Walk
 from trl_dgpo.trainer.tdm_r1_config import ROLES, TDMR1Config
 from trl_dgpo.trainer.tdm_r1_trainer import TDMR1Trainer
@@ -367,7 +368,16 @@ def test_which_steps_are_drawn(tmp_path):
         torch.testing.assert_close(drawn[role], torch.full((4,), 0.25), rtol=0, atol=0.08)
     torch.testing.assert_close(drawn["surrogate"], torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=0.08)
     trainer.args.num_train_timesteps = 4
-    assert sorted(trainer._draw_steps(0, 0)) == [0, 1, 2, 3]
+    found = []
+    for number in range(3):
+        trainer.state.global_step = number
+        found.append(dict(zip(trainer._draw_steps(0, 0), trainer._draw_levels(0, 0), strict=True)))
+        assert found[-1].keys() == {0, 1, 2, 3}
+    shares = [
+        tuple(round(unshift(levels[step], 3.0) / unshift(edges[step + 1] + 0.1, 3.0), 6) for step in range(4))
+        for levels in found
+    ]
+    assert len(set(shares)) == 3  # each role has levels of its own
 
 
 def test_noise_is_shared_where_images_are_compared(tmp_path):
