@@ -127,7 +127,7 @@ def test_help_of_the_command_is_quick():
     [
         *((command, "dgpo") for command in ("train", "evaluate", "sample", "collect", "plan", "report")),
         ("serve-reward", "dgpo"),
-        *(("train", trainer) for trainer in ("gpo", "flow_grpo", "diffusion_dpo", "diffusion_sft")),
+        *(("train", trainer) for trainer in ("gpo", "flow_grpo", "diffusion_dpo", "diffusion_sft", "tdm_r1")),
     ],
 )
 def test_help_of_every_command_renders(command, trainer, capsys):

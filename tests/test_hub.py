@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tiny_trainers import tiny_config
 from trl.trainer.base_config import _BaseConfig
 
-from trl_dgpo import DGPOConfig, DiffusionDPOConfig, DiffusionSFTConfig, FlowGRPOConfig, GPOConfig, hub
+from trl_dgpo import DGPOConfig, DiffusionDPOConfig, DiffusionSFTConfig, FlowGRPOConfig, GPOConfig, TDMR1Config, hub
 from trl_dgpo.ddpo_compat import DDPOFields, GRPOFields
 from trl_dgpo.hub import CARD_MARK, IGNORE_PATTERNS, RunDescription, is_repo_id, upload, write_model_card
 from trl_dgpo.tiny import tiny_pipeline_path
@@ -345,7 +345,7 @@ def test_configuration(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config_class", [DGPOConfig, GPOConfig, FlowGRPOConfig, DiffusionDPOConfig, DiffusionSFTConfig]
+    "config_class", [DGPOConfig, GPOConfig, FlowGRPOConfig, DiffusionDPOConfig, DiffusionSFTConfig, TDMR1Config]
 )
 def test_what_follows_from_other_fields_differs_from_no_default(tmp_path, config_class):
     above = (name for base in (_BaseConfig, DDPOFields, GRPOFields) for name in base.__dataclass_fields__)

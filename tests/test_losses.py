@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from trl_dgpo.advantages import group_advantages, preference_pairs
 from trl_dgpo.losses import (
+    Revision,
+    clip_drifted,
     clip_errors,
     denoising_error,
     dgpo_loss,
@@ -19,6 +21,8 @@ from trl_dgpo.losses import (
     group_mean,
     group_scores,
     pairwise_dpo_loss,
+    revision_error,
+    revisions,
     step_kl,
     step_log_prob,
 )
@@ -665,3 +669,47 @@ def test_flow_grpo_in_parts_is_the_whole():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# -- TDM-R1
+
+
+def test_what_has_gone_far_enough_learns_no_more():
+    errors, base = f64(0.4, 0.4, 0.5, 0.5, 0.4, 0.5), f64(0.45, 0.45, 0.45, 0.45, 0.3, 0.6)
+    advantages, divergence = f64(1, 1, -1, -1, 1, -1), f64(0.06, 0.04, 0.06, 0.04, 0.06, 0.06)
+    errors.requires_grad_()
+    clipped, mask = clip_drifted(errors, base, advantages, divergence, 0.05)
+    # far and improved; improved but near; the same of a worse sample; and two that went the wrong way
+    assert mask.tolist() == [True, False, True, False, False, False]
+    close(clipped.detach(), errors.detach())
+    assert torch.autograd.grad(clipped.sum(), errors)[0].tolist() == [0, 1, 0, 1, 1, 1]
+
+
+def test_a_student_moves_in_three_directions():
+    x0, base, fake = (f64(*values)[None] for values in ((1, 1, 1, 1), (2, 0, 1, 1), (1, 1, 1, 3)))
+    negative, surrogate = f64(0, 0, 1, 1)[None], f64(1, 1, 5, 1)[None]
+    found = revisions(x0, base, fake, base_negative=negative, guidance_scale=4.5, surrogate=surrogate)
+    # guided: negative + 4.5 (base - negative) = (9, 0, 1, 1), at a mean distance of (8 + 1) / 4
+    close(found["kl"].direction, [[1, -1, 0, -2]])
+    close(found["cfg"].direction, [[7, 0, 0, 0]])
+    close(found["reward"].direction, [[-1, 1, 4, 0]])
+    close(found["kl"].scale, [2.25])
+    close(found["cfg"].scale, [2.25])
+    close(found["reward"].scale, [1.0])
+    # without guidance and surrogate: one direction, measured by the base itself
+    found = revisions(x0, base, fake)
+    assert found.keys() == {"kl"}
+    close(found["kl"].scale, [0.5])
+    # where there is nothing between, the scale is not 0
+    close(revisions(x0, x0, fake)["kl"].scale, [1e-5])
+
+
+def test_a_revision_pulls_as_far_as_it_points():
+    x0 = f64(1, 1, 1, 1)[None].requires_grad_()
+    revision = Revision(f64(1, -1, 0, -2)[None], f64(2.25))
+    error = revision_error(x0, revision)
+    close(error.detach(), [6 / 4 / 2.25])
+    # -2 Delta / (D n)
+    close(torch.autograd.grad(error.sum(), x0)[0], [[-2 / 9, 2 / 9, 0, 4 / 9]])
+    moved = x0.detach() + 5
+    close(revision_error(moved, revision), [6 / 4 / 2.25])  # whatever the student is

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,11 +10,16 @@ from trl_dgpo.noising import (
     continuous_levels,
     ddpm_noise,
     ddpm_target,
+    flow_clean,
     flow_noise,
+    flow_renoise,
+    flow_renoise_target,
     flow_sde_coefficients,
     flow_sde_step,
     flow_sde_target,
     flow_target,
+    flow_velocity,
+    renoising_level,
     shift,
     trainable_levels,
     unshift,
@@ -213,3 +219,62 @@ def test_sde_keeps_the_marginal():
             for x, z in ((0.5, 0.0), (0.0, 1.0))
         ]
         assert x_next[0] ** 2 + x_next[1] ** 2 == pytest.approx((0.5 - step) ** 2, abs=2 * step**2)
+
+
+# -- a student's step noised on: TDM-R1
+
+
+def test_renoised_latents_by_hand():
+    x_s, noise = torch.tensor([[0.3]], dtype=torch.float64), torch.tensor([[-0.7]], dtype=torch.float64)
+    # alpha = .2 / .501, b = sqrt(.64 - (.499 alpha)^2)
+    alpha = 0.2 / 0.501
+    b = (0.64 - (0.499 * alpha) ** 2) ** 0.5
+    assert flow_renoise(x_s, noise, 0.499, 0.8).item() == pytest.approx(0.3 * alpha - 0.7 * b, abs=1e-12)
+    assert flow_renoise_target(x_s, noise, 0.499, 0.8).item() == pytest.approx(-1.5008188153, abs=1e-9)
+
+
+@pytest.mark.parametrize(("sigma", "to"), [(0.0, 0.4), (0.499, 0.8), (0.899, 0.95)])
+def test_the_renoised_target_is_the_derivative_of_its_path(sigma, to):
+    x_s, noise = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    h = 1e-6
+    path = [flow_renoise(x_s, noise, sigma, to + d) for d in (-h, h)]
+    torch.testing.assert_close(
+        flow_renoise_target(x_s, noise, sigma, to), (path[1] - path[0]) / (2 * h), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_a_clean_latent_is_noised_on_as_any_is():
+    x0, noise = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(flow_renoise(x0, noise, 0.0, 0.4), flow_noise(x0, noise, 0.4))
+    torch.testing.assert_close(flow_renoise_target(x0, noise, 0.0, 0.4), noise - x0)
+
+
+def test_renoising_twice_is_renoising_once():
+    # a mean of x0 and a variance: those of a latent noised from x0 at once
+    x0, sigma, to = 0.6, 0.5, 0.9
+    alpha = (1 - to) / (1 - sigma)
+    b = flow_renoise(torch.zeros(1, 1), torch.ones(1, 1), sigma, to).item()
+    assert alpha * (1 - sigma) * x0 == pytest.approx((1 - to) * x0)
+    assert (alpha * sigma) ** 2 + b**2 == pytest.approx(to**2)
+
+
+def test_a_velocity_points_back():
+    x_t, x0 = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    velocity = flow_velocity(x_t, x0, 0.7)
+    torch.testing.assert_close(flow_clean(x_t, velocity, 0.7), x0)
+    assert flow_velocity(torch.tensor([[1.0]]), torch.tensor([[0.4]]), 0.3).item() == pytest.approx(2.0)
+
+
+def test_levels_to_noise_on_to():
+    # .749 of a grid with shift 3 is u = .4986; from .02 above that to 1, uniform before the shift
+    u = 0.749 / (3 - 2 * 0.749)
+    lowest, middle = u + 0.02, u + 0.02 + (1 - u - 0.02) / 2
+    level = partial(renoising_level, sigma=0.749, t_min=0.125, shift_factor=3.0)
+    assert level(0.0) == pytest.approx(3 * lowest / (1 + 2 * lowest))
+    assert level(0.5) == pytest.approx(3 * middle / (1 + 2 * middle))
+    assert level(1.0) == pytest.approx(1.0)
+    # of clean latents, from t_min: 300 of 1000 after the shift is .125 before it
+    assert renoising_level(0.0, 0.0, 0.125, 3.0) == pytest.approx(3 * 0.145 / (1 + 2 * 0.145))
+    assert unshift(0.3, 3.0) == pytest.approx(0.125)
+    with pytest.raises(ValueError, match=r"A latent at the level 0.997, .* Lower `t_min`, or take fewer"):
+        renoising_level(0.0, 0.997, 0.125, 3.0)

@@ -17,9 +17,9 @@ from tiny_models import tiny_random_pipeline
 from tiny_trainers import Gradient, tiny_config, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from transformers import CLIPTextConfig, T5Config
+from transformers import CLIPTextConfig, T5Config, TrainerCallback
 
-from trl_dgpo import DGPOConfig, DGPOTrainer, DiffusionDPOTrainer, FlowGRPOTrainer, GPOTrainer
+from trl_dgpo import DGPOConfig, DGPOTrainer, DiffusionDPOTrainer, FlowGRPOTrainer, GPOTrainer, TDMR1Trainer
 from trl_dgpo.backbones import load_backbone
 from trl_dgpo.backbones.sd3 import SD3Backbone
 from trl_dgpo.plan import (
@@ -385,12 +385,49 @@ def test_every_part_of_a_trainer_is_counted(folder, tmp_path, monkeypatch, full)
         (FlowGRPOTrainer, {}),
         (FlowGRPOTrainer, {"full_finetuning": True, "kl_coef": 0.1, "old_policy_after": 3}),
         (DiffusionDPOTrainer, {"reference": "refreshed"}),
+        (TDMR1Trainer, {"clip_range": 1e-3, "kl_coef": 0.1}),
+        (TDMR1Trainer, {"reference": "old"}),
     ],
 )
 def test_views_are_the_trainers(folder, tmp_path, trainer_class, config):
     trainer = tiny_trainer(tmp_path, trainer_class, model=str(folder), **config)
     kept = size(t for view in trainer.policy.views for t in trainer.policy.tensors(view).values())
     assert parts(folder, trainer.args)["views"] == kept
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.sizes = set()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.sizes.add(size(p.grad for p in model.parameters() if p.grad is not None))
+
+
+def test_adapters_that_learn_in_turn_are_all_counted(folder, tmp_path, monkeypatch):
+    seen = {}
+
+    def keep(trainer, part):
+        directions = directions_of(trainer, part)
+        seen["directions"] = size(revision.direction for level in directions for revision in level.values())
+        seen["noise"] = size(part.noise)
+        return directions
+
+    directions_of = TDMR1Trainer._directions
+    monkeypatch.setattr(TDMR1Trainer, "_directions", keep)
+    watched = Gradients()
+    trainer = tiny_trainer(tmp_path, TDMR1Trainer, model=str(folder), callbacks=[watched], max_steps=3)
+    trainer.train()
+    record = trainer.buffer.record
+    adapters = [trainer.policy.tensors(name).values() for name in (None, *trainer.policy.companions)]
+    state = trainer.optimizer.state.values()
+    seen["rollouts of the round"] = size([record.x0, record.latents, *record.conditioning.values()])
+    seen["trained weights"] = sum(map(size, adapters))
+    seen["optimiser's moments"] = size(moments[name] for moments in state for name in ("exp_avg", "exp_avg_sq"))
+    (seen["gradients"],) = watched.sizes
+    planned = parts(folder, trainer.args)
+    assert {name: planned[name] for name in seen} == seen
+    started = dataclasses.replace(read_model(folder, trainer.args), goes_on=True)
+    assert parts(started, trainer.args)["views"] == planned["views"]  # the base is no adapter there either
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])

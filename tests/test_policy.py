@@ -656,3 +656,87 @@ def sharded(directory: Path) -> None:
 
 if __name__ == "__main__":
     sharded(Path(sys.argv[1]))
+
+
+# -- companions -------------------------------------------------------------------------------------------------------
+
+
+def accompanied(start=None, moved=True, **changes) -> Policy:
+    config = lora(**changes)
+    policy = Policy(
+        transformer(), config, ("ema", "old", "base"), start, companions=("fake", "surrogate"), old_of="surrogate"
+    )
+    if moved:
+        random = torch.Generator().manual_seed(7)
+        for view in (None, *policy.views, *policy.companions):
+            randomise(policy.tensors(view), random)
+    return policy
+
+
+def another_lora() -> Adapter:
+    policy = make("lora", ())
+    return Adapter(policy.peft_config, {name: t.clone() for name, t in policy.lora_state_dict().items()})
+
+
+@pytest.mark.parametrize("init", ["gaussian", False])
+def test_a_companion_starts_at_the_base(init):
+    policy = accompanied(another_lora(), moved=False, init_lora_weights=init)
+    plain = run(transformer())
+    assert policy.kept_views == ("base", "ema", "old", "fake", "surrogate")
+    for view in ("base", "fake", "surrogate", "old"):  # the old one is the surrogate's
+        with policy.using(view):
+            torch.testing.assert_close(run(policy.model), plain, rtol=0, atol=1e-6)
+    with policy.ema():
+        average = run(policy.model)
+    torch.testing.assert_close(average, run(policy.model), rtol=0, atol=1e-6)
+    assert (average - plain).abs().max() > 1e-2
+
+
+def test_without_companions_the_base_has_the_adapter_on():
+    policy = Policy(transformer(), lora(), ("base",), another_lora())
+    with policy.base():
+        before = run(policy.model)
+    assert not torch.allclose(before, run(transformer()), atol=1e-3)
+
+
+def test_a_gradient_is_of_the_one_that_is_on():
+    policy = accompanied()
+    assert {n.split(".")[-2] for n, p in policy.model.named_parameters() if p.requires_grad} == {
+        "default",
+        "fake",
+        "surrogate",
+    }
+    for view, name in ((None, "default"), ("fake", "fake"), ("surrogate", "surrogate")):
+        policy.model.zero_grad()
+        with policy.using(view):
+            run(policy.model).square().sum().backward()
+        reached = {n for n, p in policy.model.named_parameters() if p.grad is not None}
+        assert {n.split(".")[-2] for n in reached} == {name}
+        assert len(reached) == len(policy.tensors(view))
+
+
+def test_the_old_policy_follows_a_companion():
+    policy = accompanied()
+    old, surrogate = ({n: t.clone() for n, t in policy.tensors(view).items()} for view in ("old", "surrogate"))
+    policy.update_old(200)
+    for name, tensor in policy.tensors("old").items():
+        torch.testing.assert_close(tensor, 0.2 * old[name] + 0.8 * surrogate[name])
+
+
+def test_companions_are_saved_and_never_exported(tmp_path):
+    policy, other = accompanied(), accompanied(moved=False)
+    policy.save(tmp_path)
+    other.load(tmp_path)
+    for view in (None, "ema", "old", "fake", "surrogate"):
+        mine, theirs = policy.tensors(view), other.tensors(view)
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine), view
+    names = policy.lora_state_dict("ema").keys()
+    assert not any("fake" in name or "surrogate" in name for name in names)
+    (tmp_path / "surrogate" / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="surrogate"):
+        other.load(tmp_path)
+
+
+def test_companions_need_an_adapter_to_be_like():
+    with pytest.raises(ValueError, match=r"The companions \('fake',\) are adapters, and the whole transformer"):
+        Policy(transformer(), None, companions=("fake",))

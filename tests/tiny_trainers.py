@@ -98,10 +98,9 @@ def weights(trainer, view: str | None = None) -> dict[str, torch.Tensor]:
 
 
 def everything(trainer) -> dict[str, torch.Tensor]:
-    """Weights of policy and views, and the optimiser's moments."""
-    state = {
-        f"{view}.{name}": t for view in (None, *trainer.policy.views) for name, t in weights(trainer, view).items()
-    }
+    """Weights of policy, views and companions, and the optimiser's moments."""
+    views = (None, *trainer.policy.views, *trainer.policy.companions)
+    state = {f"{view}.{name}": t for view in views for name, t in weights(trainer, view).items()}
     for number, moments in trainer.optimizer.state_dict()["state"].items():
         state |= {f"optimiser.{number}.{name}": value for name, value in moments.items()}
     return state

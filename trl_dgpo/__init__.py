@@ -19,6 +19,8 @@ _EXPORTS = {
     "GPOTrainer": ".trainer.gpo_trainer",
     "GroupRolloutBuffer": ".rollout",
     "Rollout": ".rollout",
+    "TDMR1Config": ".trainer.tdm_r1_config",
+    "TDMR1Trainer": ".trainer.tdm_r1_trainer",
     "load_rollouts": ".rollout_dataset",
 }
 

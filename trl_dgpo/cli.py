@@ -47,6 +47,7 @@ TRAINERS = {
     "flow_grpo": "FlowGRPO",
     "diffusion_dpo": "DiffusionDPO",
     "diffusion_sft": "DiffusionSFT",
+    "tdm_r1": "TDMR1",
 }
 _NOT_OF_A_SUITE = {
     *("dataset_name", "dataset_config", "dataset_test_split", "eval_dataset_name"),

@@ -85,6 +85,21 @@ class PolicyGradientLoss(NamedTuple):
     clipped: Tensor
 
 
+class Revision(NamedTuple):
+    """
+    Where clean latents should move, and what the move is measured by.
+
+    Args:
+        direction (`torch.Tensor` of shape `(B, ...)`):
+            The move, without gradient.
+        scale (`torch.Tensor` of shape `(B,)`):
+            What its squared error is divided by.
+    """
+
+    direction: Tensor
+    scale: Tensor
+
+
 def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
     r"""
     Denoising error of each sample, \\( d_i = \mathrm{mean} (v_\theta(x_t, \sigma, c) - v)^2 \\) over latent elements.
@@ -129,6 +144,38 @@ def clip_errors(errors: Tensor, old_errors: Tensor, advantages: Tensor, clip_ran
     ratio = torch.exp(old_errors - errors.detach())
     clipped = torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
     return torch.where(clipped, errors.detach(), errors), clipped
+
+
+def clip_drifted(
+    errors: Tensor, base_errors: Tensor, advantages: Tensor, divergence: Tensor, limit: float
+) -> tuple[Tensor, Tensor]:
+    r"""
+    Detach the errors of samples that have gone far from the base, and in the right direction.
+
+    A sample is detached iff \\( \mathrm{mean} (v - v_{\mathrm{base}})^2 > l \\) and it has improved already: \\( A_i >
+    0 \\) and \\( d_i < d_i^{\mathrm{base}} \\), or \\( A_i \le 0 \\) and \\( d_i > d_i^{\mathrm{base}} \\). As with
+    [`clip_errors`] it keeps its value. It is TDM-R1's second clip
+    ([2603.07700](https://huggingface.co/papers/2603.07700), released code), with one departure: the divergence is the
+    sample's own, there it is the batch's mean, so that here no division into batches changes anything.
+
+    Args:
+        errors (`torch.Tensor` of shape `(B,)`):
+            The trained model's errors.
+        base_errors (`torch.Tensor` of shape `(B,)`):
+            The frozen base's errors at the same noise and level.
+        advantages (`torch.Tensor` of shape `(B,)`):
+            Advantages.
+        divergence (`torch.Tensor` of shape `(B,)`):
+            Mean squared difference of the two predictions.
+        limit (`float`):
+            \\( l > 0 \\).
+
+    Returns:
+        `tuple` of two `torch.Tensor` of shape `(B,)`: the errors, and the bool mask of the detached ones.
+    """
+    improved = torch.where(advantages > 0, errors.detach() < base_errors, errors.detach() > base_errors)
+    drifted = improved & (divergence.detach() > limit)
+    return torch.where(drifted, errors.detach(), errors), drifted
 
 
 def group_scores(
@@ -499,6 +546,78 @@ def flow_grpo_loss(
     return PolicyGradientLoss(loss, ratio.detach(), clipped)
 
 
+def revisions(
+    x0: Tensor,
+    base: Tensor,
+    fake: Tensor,
+    *,
+    base_negative: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    surrogate: Tensor | None = None,
+) -> dict[str, Revision]:
+    r"""
+    In which directions TDM-R1 ([2603.07700](https://huggingface.co/papers/2603.07700)) moves the clean latents that a
+    few-step student predicts.
+
+    All are clean latents: \\( \hat x_0 \\) the student's, the others those that a model predicts where the student's
+    step led, noised on.
+
+    - `"kl"`: \\( \hat x^{\mathrm{base}} - \hat x^{\mathrm{fake}} \\), from what the student draws to what the base
+      would, where the fake score has learned what the student draws;
+    - `"cfg"`: \\( (w - 1) (\hat x^{\mathrm{base}} - \hat x^{\mathrm{base}}_\varnothing) \\), what guidance of scale
+      \\( w \\) adds;
+    - `"reward"`: \\( \hat x^{\mathrm{surrogate}} - \hat x^{\mathrm{base}} \\), to what the surrogate would draw, which
+      has learned the preference.
+
+    The first two have the scale \\( \mathrm{mean} |\hat x_0 - \hat x^{\mathrm{base}}_w| \\) with the guided base, the
+    last \\( \mathrm{mean} |\hat x_0 - \hat x^{\mathrm{surrogate}}| \\), each a sample's own and at least 1e-5.
+
+    Args:
+        x0 (`torch.Tensor` of shape `(B, ...)`):
+            The student's.
+        base (`torch.Tensor` of shape `(B, ...)`), fake (`torch.Tensor` of shape `(B, ...)`):
+            Those of the frozen base and of the fake score, without guidance.
+        base_negative (`torch.Tensor` of shape `(B, ...)`, *optional*):
+            The base's for the negative prompt; without it there is no `"cfg"`.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            \\( w \\).
+        surrogate (`torch.Tensor` of shape `(B, ...)`, *optional*):
+            The surrogate's, guided where its guidance is wanted too; without it there is no `"reward"`.
+
+    Returns:
+        `dict[str, Revision]`, by the names above.
+    """
+    guided = base
+    if base_negative is not None:
+        guided = base_negative + guidance_scale * (base - base_negative)
+    scale = _mean_distance(x0, guided)
+    directions = {"kl": Revision(base - fake, scale)}
+    if base_negative is not None:
+        directions["cfg"] = Revision(guided - base, scale)
+    if surrogate is not None:
+        directions["reward"] = Revision(surrogate - base, _mean_distance(x0, surrogate))
+    return directions
+
+
+def revision_error(x0: Tensor, revision: Revision) -> Tensor:
+    r"""
+    Error whose gradient moves a student's clean latents in a direction, \\( \mathrm{mean} (\hat x_0 -
+    \mathrm{sg}[\hat x_0 + \Delta])^2 / n \\), of each sample.
+
+    Its value says how far there is to go, and nothing of how far the student has come: the target goes before it.
+
+    Args:
+        x0 (`torch.Tensor` of shape `(B, ...)`):
+            The student's, with gradient.
+        revision ([`Revision`]):
+            \\( \Delta \\) and \\( n \\).
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+    """
+    return denoising_error(x0, x0.detach() + revision.direction) / revision.scale
+
+
 def group_mean(
     values: Tensor, group_index: Tensor, *, group_sizes: Tensor | None = None, num_groups: int | None = None
 ) -> Tensor:
@@ -522,6 +641,10 @@ def group_mean(
     """
     weights = _sample_weights(torch.ones_like(values), group_index, group_sizes, num_groups)
     return (weights * values).sum() / _num_groups(group_index, group_sizes, num_groups)
+
+
+def _mean_distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs().flatten(1).mean(1).clamp(min=1e-5)
 
 
 def _sample_weights(values: Tensor, group_index: Tensor, group_sizes: Tensor | None, num_groups: int | None) -> Tensor:

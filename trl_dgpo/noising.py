@@ -77,6 +77,25 @@ def flow_clean(x_t: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
     return x_t - _per_sample(sigma, x_t) * velocity
 
 
+def flow_velocity(x_t: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
+    r"""
+    Velocity that points from a noised latent to a clean one, \\( v = (x_t - x_0) / \sigma \\): the inverse of
+    [`flow_clean`].
+
+    Args:
+        x_t (`torch.Tensor` of shape `(B, ...)`):
+            Noised latents.
+        x0 (`torch.Tensor` of shape `(B, ...)`):
+            Clean latents.
+        sigma (`float` or `torch.Tensor` of shape `(B,)`):
+            Noise level in (0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`.
+    """
+    return (x_t - x0) / _per_sample(sigma, x_t)
+
+
 def flow_renoise(x_s: Tensor, noise: Tensor, sigma: Tensor | float, to: Tensor | float) -> Tensor:
     r"""
     A latent at one level noised on to a higher one, \\( x_\tau = \alpha x_s + b \epsilon \\) with \\( \alpha =
@@ -266,6 +285,37 @@ def continuous_levels(uniform: Tensor, t_min: float, shift_factor: float, *, t_m
         `torch.Tensor` of shape `(M,)`.
     """
     return shift(t_min + (t_max - t_min) * uniform, shift_factor)
+
+
+def renoising_level(uniform: float, sigma: float, t_min: float, shift_factor: float) -> float:
+    r"""
+    The level that TDM-R1 ([2603.07700](https://huggingface.co/papers/2603.07700)) noises a latent at `sigma` on to:
+    uniform before the shift, \\( u \sim U[\max(\mathrm{unshift}(\sigma), t_{\min}) + 0.02, 1] \\), then shifted.
+
+    Args:
+        uniform (`float`):
+            A draw from U[0, 1).
+        sigma (`float`):
+            The latent's level, in [0, 1).
+        t_min (`float`):
+            Smallest level before the shift. The authors' code has it after the shift: its 300 of 1000 is 0.125 here,
+            with a shift of 3.
+        shift_factor (`float`):
+            The rollout grid's shift.
+
+    Returns:
+        `float` above `sigma`, at most 1.
+
+    Raises:
+        `ValueError`: if there is nothing between the lowest such level and 1.
+    """
+    lowest = max(unshift(sigma, shift_factor), t_min) + 0.02
+    if not lowest < 1:
+        raise ValueError(
+            f"A latent at the level {sigma:.3f}, with `t_min` {t_min}, would be noised on to at least {lowest:.3f} "
+            "before the shift, and 1 is noise. Lower `t_min`, or take fewer sampling steps."
+        )
+    return shift(lowest + (1 - lowest) * uniform, shift_factor)
 
 
 def flow_sde_coefficients(

@@ -9,9 +9,11 @@ in the forward, 2 under autocast and else 4.
   layer, and 4 bytes for 64 of them); the VAE in float32; the text encoders, while they encode or always.
 - **Training**: trained weights in float32, as much again for each view (`ema`, `old`, ...), for the gradients and, on
   several GPUs, for DDP's buckets of them; the optimiser's moments, 8 or 2 bytes a weight; 2 bytes a weight for the
-  copies that autocast makes.
+  copies that autocast makes. Where several LoRAs are trained in turn (TDM-R1), weights, buckets and moments are those
+  of all, gradients and copies those of one.
 - **Data**: `x0` in float32 for each image of the round, conditioning for each prompt, one noise a group and level,
-  and for the KL term one prediction an image and level of an optimiser step.
+  and for the KL term one prediction an image and level of an optimiser step, or for TDM-R1's student, if that is more,
+  the directions in which it moves.
 - **A forward without gradient**, a row: what is alive in the last feed-forward, \( c W (12 N + 2 T) \), or in an
   attention, \( c W (7 N + 10 T) \) and under autocast \( W (4 N + 3 T) \), if that is more; \( 4 W J \) beside, \( 4
   W N \) for a second attention, and the conditioning. Guidance makes two rows of an image, in the update too where
@@ -525,7 +527,9 @@ def _views(sizes: ModelSizes, args: Any) -> list[str]:
         "ema": args.save_ema or args.eval_strategy != "no" or args.num_log_images > 0,
         "old": args.clips_errors or args.old_policy_after is not None or reference == "old",
         "reference": reference == "refreshed",
-        "base": (sizes.goes_on or args.full_finetuning) and (args.kl_coef or reference == "frozen"),
+        "base": (sizes.goes_on or args.full_finetuning)
+        and args.num_adapters == 1
+        and (args.kl_coef or reference == "frozen"),
     }
     return [view for view, is_kept in kept.items() if is_kept]
 
@@ -548,17 +552,18 @@ def _model_parts(sizes: ModelSizes, args: Any, quantized: bool) -> Iterator[Part
     yield _weights("VAE", sizes.vae_weights, 4)
     offloaded = (("encode",), ", while they encode") if args.offload_text_encoders else ()
     yield _weights("text encoders", sizes.text_weights, size, *offloaded)
-    yield _weights("trained weights", trained, 4)
+    all_trained = args.num_adapters * trained
+    yield _weights("trained weights", all_trained, 4)
     yield _weights("views", trained, 4 * len(views), note=f" ({', '.join(views)})")
     optim = getattr(args.optim, "value", args.optim)  # `TrainingArguments` makes an enumeration's member of some
     if optim not in BYTES_PER_WEIGHT:
         raise ValueError(
             f"`optim` is {optim!r}, whose memory this plan does not know. Take one of {', '.join(BYTES_PER_WEIGHT)}."
         )
-    yield _weights("optimiser's moments", trained, BYTES_PER_WEIGHT[optim], _once_training(args))
+    yield _weights("optimiser's moments", all_trained, BYTES_PER_WEIGHT[optim], _once_training(args))
     yield _weights("gradients", trained, 4, ("update",))
     if args.world_size > 1:
-        yield _weights("DDP's buckets", trained, 4, _once_training(args))
+        yield _weights("DDP's buckets", all_trained, 4, _once_training(args))
     if _half(args):
         yield _weights("autocast's copies", trained, 2, ("rollout", "no-grad", "update"))
     if _merges(sizes, args, quantized):
@@ -573,8 +578,11 @@ def _data_parts(sizes: ModelSizes, args: Any) -> Iterator[Part]:
     formula = f"{kept} latents x {latent} x 4 bytes + {prompts} prompts x {row} x {size} bytes"
     yield Part("rollouts of the round", 4 * latent * kept + size * row * prompts, formula, _once_training(args))
     noises = math.ceil(args.noises_per_update / args.world_size)
-    drawn = {"noise": (noises, "groups" if args.shared_noise else "images", 4)}
-    if args.kl_coef and not args.offload_reference:
+    each_its_own = args.noises_per_update == args.groups_per_update * args.num_generations
+    drawn = {"noise": (noises, "images" if each_its_own else "groups", 4)}
+    if args.num_directions:
+        drawn["directions"] = (images // args.updates_per_round, "images", 4 * args.num_directions)
+    elif args.kl_coef and not args.offload_reference:
         drawn["base's predictions"] = (images // args.updates_per_round, "images", 2 if _half(args) else 4)
     for name, (number, of, size) in drawn.items():
         formula = f"{number} {of} x {args.num_train_timesteps} levels x {latent} x {size} bytes"
@@ -590,7 +598,7 @@ def _work_parts(sizes: ModelSizes, args: Any) -> Iterator[Part]:
         formula = f"{rows} rows of {tokens[0]} + {tokens[1]} tokens, width {sizes.width}{note}"
         return Part(name, rows * size, formula, (phase,))
 
-    guided = _copies(args.reference_guidance_scale)
+    guided = _copies(args.no_grad_guidance_scale)
     sampled = args.sample_batch_size * _copies(args.sample_guidance_scale)
     evaluated = args.per_device_eval_batch_size * _copies(args.eval_guidance_scale)
     batch, decoded = args.per_device_train_batch_size, _decoded(args)

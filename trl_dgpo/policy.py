@@ -13,12 +13,17 @@ storage is exchanged for theirs. Either way nothing is copied into the policy's 
 after the `with`, also after an exception. Only where FSDP2 has sharded the weights are the shards' contents copied to
 and fro, since its collectives read them where they lie.
 
+A method may train more than the policy: companions are adapters of the policy's shape that are trained beside it, each
+entered like a view, and start as no change to the model. Which of them a backward reaches is decided by the one that
+is on, in the forward and, where activations are recomputed, in the backward.
+
 A view can also be entered `merged`: its adapter is added to copies of the adapted weights, which take their place for
 the length of the `with`. That spares two small products a layer in every forward.
 
 Enter a view before `autocast`, not inside it: autocast caches the cast weights of the whole of its context.
 """
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -181,10 +186,16 @@ class Policy:
             the trainable weights.
         start ([`Adapter`], *optional*):
             Weights of the adapter to start from.
+        companions (`tuple[str, ...]`, *optional*):
+            Names of adapters to train beside the policy's. The base is then the model without any adapter, which they
+            start at, also where the policy starts from an adapter.
+        old_of (`str`, *optional*):
+            Companion that `"old"` is the average of; the policy if not given.
 
     Raises:
-        `ValueError`: if the transformer still carries an adapter, if `start` does not fit, or if the whole transformer
-            is to be trained in half precision, where small steps round to nothing.
+        `ValueError`: if the transformer still carries an adapter, if `start` does not fit, if companions have no
+            adapter to be like, or if the whole transformer is to be trained in half precision, where small steps round
+            to nothing.
     """
 
     def __init__(
@@ -193,7 +204,15 @@ class Policy:
         peft_config: PeftConfig | None = None,
         views: tuple[str, ...] = (),
         start: Adapter | None = None,
+        *,
+        companions: tuple[str, ...] = (),
+        old_of: str | None = None,
     ):
+        if companions and peft_config is None:
+            raise ValueError(
+                f"The companions {companions} are adapters, and the whole transformer is to be trained. Give a "
+                "`peft_config`."
+            )
         if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
             raise ValueError(
                 "The transformer already carries an adapter, which training would lose. Take it off with "
@@ -221,15 +240,21 @@ class Policy:
         if start is not None:
             self._start_from(start)
         # Switched off, a new adapter is the base.
-        self._switch_is_base = peft_config is not None and start is None
+        self._switch_is_base = peft_config is not None and (start is None or bool(companions))
         self.views = tuple(view for view in dict.fromkeys(views) if view != "base" or not self._switch_is_base)
+        self.companions, self._old_of = companions, old_of
+        for companion in companions:
+            self._views.accompany(companion)
         for view in self.views:
-            self._views.add(view)
+            self._views.add(view, old_of if view == "old" else None)
+        for companion in companions:  # PEFT freezes all adapters but the one that it is told to switch on
+            for parameter in self.tensors(companion).values():
+                parameter.requires_grad_(True)
 
     @property
     def kept_views(self) -> tuple[str, ...]:
-        """Every view that can be entered."""
-        return (*(("base",) if self._switch_is_base else ()), *self.views)
+        """Every view that can be entered, companions among them."""
+        return (*(("base",) if self._switch_is_base else ()), *self.views, *self.companions)
 
     @property
     def can_merge(self) -> bool:
@@ -285,7 +310,7 @@ class Policy:
 
     def update_old(self, step: int) -> None:
         """Move the old policy after the optimiser step of this number, from 0."""
-        self._move("old", old_decay(step))
+        self._move("old", old_decay(step), self._old_of)
 
     def update_ema(self, step: int) -> None:
         """Move the evaluation average after the optimiser step of this number, from 0."""
@@ -340,7 +365,7 @@ class Policy:
 
     def save(self, directory: str | Path, *, write: bool = True) -> None:
         """
-        Write policy and views for `load`: the policy in `directory`, each view in a folder of its name.
+        Write policy, views and companions for `load`: the policy in `directory`, each other in a folder of its name.
 
         The base is not among them: it never moves, and whoever resumes starts from the same model.
 
@@ -398,7 +423,7 @@ class Policy:
         set_peft_model_state_dict(self.model, start.weights, adapter_name=_POLICY)
 
     def _moving(self) -> tuple[str | None, ...]:
-        return (None, *(view for view in self.views if view != "base"))
+        return (None, *(view for view in self.views if view != "base"), *self.companions)
 
     def _kept(self, view: str | None) -> str | None:
         # PEFT passes over an adapter that it does not know, which would make the base of a view that was never kept.
@@ -406,9 +431,9 @@ class Policy:
             return view
         raise ValueError(f"The view {view!r} is not kept; the views are {self.views}. Name it in `views`.")
 
-    def _move(self, view: str, decay: float) -> None:
-        # view <- decay * view + (1 - decay) * policy. Lerp with weight 1 is an exact copy.
-        mine, theirs = list(self.tensors(view).values()), list(self.tensors().values())
+    def _move(self, view: str, decay: float, to: str | None = None) -> None:
+        # view <- decay * view + (1 - decay) * policy, or companion. Lerp with weight 1 is an exact copy.
+        mine, theirs = list(self.tensors(view).values()), list(self.tensors(to).values())
         with torch.no_grad():
             torch._foreach_lerp_(mine, [tensor.to(t.dtype) for tensor, t in zip(theirs, mine, strict=True)], 1 - decay)
 
@@ -461,13 +486,22 @@ class _Adapters:
         self.handles = {_POLICY: self._find(_POLICY)}
         self.loan = _Loan()
 
-    def add(self, view: str) -> None:
-        self.model.add_adapter(view, self.config)
-        self.model.set_adapter(_POLICY)
-        self.handles[view] = self._find(view)
+    def add(self, view: str, like: str | None = None) -> None:
+        self._put(view, self.config)
         with torch.no_grad():
-            for mine, theirs in zip(self.tensors(view).values(), self.tensors().values(), strict=True):
+            for mine, theirs in zip(self.tensors(view).values(), self.tensors(like).values(), strict=True):
                 mine.copy_(theirs)
+
+    def accompany(self, companion: str) -> None:
+        # However the policy's was drawn, or wherever it was taken from, this one is no change to the model.
+        config = copy.copy(self.config)
+        config.init_lora_weights = "gaussian"
+        self._put(companion, config)
+
+    def _put(self, adapter: str, config: PeftConfig) -> None:
+        self.model.add_adapter(adapter, config)
+        self.model.set_adapter(_POLICY)
+        self.handles[adapter] = self._find(adapter)
 
     def tensors(self, view: str | None = None) -> dict[str, Tensor]:
         return self.handles[view or _POLICY].read()
@@ -534,8 +568,8 @@ class _Copies:
         self.copies: dict[str, dict[str, Tensor]] = {}
         self.loan = _Loan()
 
-    def add(self, view: str) -> None:
-        self.copies[view] = {name: p.detach().clone() for name, p in self.tensors().items()}
+    def add(self, view: str, like: str | None = None) -> None:
+        self.copies[view] = {name: p.detach().clone() for name, p in self.tensors(like).items()}
 
     def tensors(self, view: str | None = None) -> dict[str, Tensor]:
         _reshard(self.model)

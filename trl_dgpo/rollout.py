@@ -2,8 +2,8 @@
 What a round of rollouts leaves behind for training.
 
 `Rollout` holds exactly what an update reads: clean latents, conditioning, rewards, advantages and groups. The group
-objectives noise `x0` afresh, so where it came from is not kept; `Trajectory` adds that for a method which learns from
-the steps of the sampler themselves.
+objectives noise `x0` afresh, so where it came from is not kept; `Walk` and `Trajectory` add that for methods which
+learn from the steps of the sampler themselves.
 `GroupRolloutBuffer` keeps one record for the length of a round. A process may hold only some rollouts of a group: what
 concerns the whole group (its advantages, its size) is settled before the record is made.
 """
@@ -134,14 +134,28 @@ class Rollout:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Trajectory(Rollout):
+class Walk(Rollout):
     """
-    Rollouts with K consecutive stochastic steps of their sampling, in float32: what is left of a small step in half
-    precision is mostly rounding.
+    Rollouts with K consecutive steps of their sampling, in float32: what is left of a small step in half precision is
+    mostly rounding.
 
     Args:
         latents (`torch.Tensor` of shape `(B, K + 1, C, H, W)`):
             Latents before each of these steps, and after the last.
+    """
+
+    latents: Tensor
+
+    def to(self, device: torch.device | str) -> "Walk":
+        return replace(super().to(device), latents=self.latents.to(device))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Trajectory(Walk):
+    """
+    Rollouts with K consecutive stochastic steps of their sampling.
+
+    Args:
         log_probs (`torch.Tensor` of shape `(B, K)`):
             Log-probability of each step under the policy that took it, a mean over latent elements.
         steps (`torch.Tensor` of shape `(B, K)`):
@@ -151,7 +165,6 @@ class Trajectory(Rollout):
         `ValueError`: as [`Rollout`], or if the numbers of steps do not fit one another.
     """
 
-    latents: Tensor
     log_probs: Tensor
     steps: Tensor
 
@@ -163,7 +176,34 @@ class Trajectory(Rollout):
             raise ValueError(f"A trajectory of {count + 1} latents has {count} steps, but the shapes are {shapes}.")
 
     def to(self, device: torch.device | str) -> "Trajectory":
-        return replace(super().to(device), latents=self.latents.to(device), log_probs=self.log_probs.to(device))
+        return replace(super().to(device), log_probs=self.log_probs.to(device))
+
+
+@dataclass
+class Visited:
+    """
+    Where a round's latents are written while they are sampled, some rows after the other: one piece of memory from the
+    start, that nothing is ever copied together from.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, K + 1, C, H, W)`):
+            Room for those of all images.
+        done (`int`, *optional*, defaults to `0`):
+            Rows that are filled.
+    """
+
+    latents: Tensor
+    done: int = 0
+
+    def add(self, number: int, x_t: Tensor, x_next: Tensor) -> slice:
+        """Write what some images' step of this number came from and led to; the rows that they have."""
+        rows = slice(self.done, self.done + len(x_t))
+        if number == 0:
+            self.latents[rows, 0] = x_t
+        self.latents[rows, number + 1] = x_next
+        if number == self.latents.shape[1] - 2:
+            self.done = rows.stop
+        return rows
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -258,9 +258,11 @@ def test_outside_the_stochastic_steps_the_sde_is_the_ode(sigmas):
         keep=lambda *step: kept.append(step),
         **rollout,
     )
-    assert [i for i, *_ in kept] == [2, 3]
+    assert [i for i, *_ in kept] == list(range(6))
+    assert torch.equal(kept[-1][3], x0)
+    kept = [kept[i] for i in window]
     assert torch.equal(kept[0][3], kept[1][1])  # the latents after a step are those before the next
-    levels = [1.0, *backbone._step_levels(6)[1:]]
+    levels = [1.0, *backbone.step_levels(6)[1:]]
     for i, x_t, velocity, x_next in kept:
         delta, s = levels[i + 1] - levels[i], 0.3 * (levels[i] / (1 - levels[i])) ** 0.5
         mean = x_t * (1 + s**2 * delta / (2 * levels[i]))
@@ -278,7 +280,7 @@ def test_outside_the_stochastic_steps_the_sde_is_the_ode(sigmas):
 
 
 def ode(backbone, latents, conditioning, steps):
-    edges, sigmas = backbone._step_levels(6), backbone.sigmas(6).tolist()
+    edges, sigmas = backbone.step_levels(6), backbone.sigmas(6).tolist()
     with torch.no_grad():
         for i in steps:
             velocity = backbone.predict(latents, sigmas[i], conditioning, guidance_scale=2.0)
@@ -309,18 +311,49 @@ def test_stochastic_steps_are_kept_in_float32():
     torch.testing.assert_close(z, noise(2, 4, 8, 8, seed=1), rtol=0, atol=1e-5)
 
 
-def test_there_is_nothing_to_keep_without_noise():
-    backbone = make_backbone(sampler="sde")
-    with pytest.raises(ValueError, match="`keep` is given without `step_noise`"):
+@pytest.mark.parametrize("sigmas", ["dpm", "model"])
+@pytest.mark.parametrize("sampler", ["euler", "sde"])
+def test_the_steps_of_the_ode_are_shown_as_they_are_taken(sampler, sigmas):
+    backbone, kept = make_backbone(sampler=sampler, sigmas=sigmas), []
+    conditioning, rollout = backbone.encode(PROMPTS), {"num_steps": 4, "guidance_scale": 2.0}
+    x0 = backbone.sample(noise(2, 4, 8, 8), conditioning, keep=lambda *step: kept.append(step), **rollout)
+    assert [i for i, *_ in kept] == [0, 1, 2, 3]
+    torch.testing.assert_close(kept[0][1], noise(2, 4, 8, 8))
+    assert torch.equal(kept[-1][3], x0)
+    levels, sigmas = backbone.step_levels(4), backbone.sigmas(4).tolist()
+    for i, x_t, velocity, x_next in kept:
+        assert x_t is kept[i - 1][3] or i == 0
+        assert torch.equal(x_next, x_t + (levels[i + 1] - levels[i]) * velocity)
+        again = backbone.predict(x_t, sigmas[i], conditioning, guidance_scale=2.0)
+        torch.testing.assert_close(velocity, again)
+    plain = backbone.sample(noise(2, 4, 8, 8), conditioning, **rollout)
+    torch.testing.assert_close(x0, plain, rtol=0, atol=1e-5)
+
+
+def test_steps_of_second_order_are_not_shown():
+    backbone = make_backbone(sampler="dpm")
+    with pytest.raises(ValueError, match="`keep` is given and `sampler` is 'dpm'"):
         backbone.sample(
             noise(2, 4, 8, 8), backbone.encode(PROMPTS), num_steps=2, guidance_scale=1.0, keep=lambda *step: None
         )
 
 
+def test_both_sides_are_those_of_guidance():
+    backbone = make_backbone()
+    conditioning, x_t = backbone.encode(PROMPTS), noise(2, 4, 8, 8)
+    calls = record_calls(backbone.denoiser)
+    negative, positive = backbone.predict_sides(x_t, 0.7, conditioning)
+    assert [len(call["hidden_states"]) for call in calls] == [4]
+    torch.testing.assert_close(positive, backbone.predict(x_t, 0.7, conditioning))
+    guided = backbone.predict(x_t, 0.7, conditioning, guidance_scale=3.0)
+    torch.testing.assert_close(guided, negative + 3 * (positive - negative))
+    assert (positive - negative).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("sigmas", ["dpm", "model"])
 def test_the_coefficients_of_stochastic_steps(sigmas):
     backbone = make_backbone(sampler="sde", sigmas=sigmas)
-    steps, levels = backbone.sde_coefficients(10, noise_level=0.7), backbone._step_levels(10)
+    steps, levels = backbone.sde_coefficients(10, noise_level=0.7), backbone.step_levels(10)
     assert len(steps) == 9  # the last one is never stochastic
     assert backbone.sde_coefficients(1) == []
     # from level 1, with the second level in the denominator; then from the grid's own

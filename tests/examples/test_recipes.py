@@ -129,7 +129,8 @@ AUTHORS = {
     "full_finetuning": False,
 }
 # Of other papers, or ours.
-OTHERS = {"sd35_gpo", "sd35_flow_grpo", "sd35_diffusion_dpo", "sd35_pickapic", "sdxl_pickscore", "flux_pickscore"}
+OTHERS = {"sd35_gpo", "sd35_flow_grpo", "sd35_diffusion_dpo", "sd35_pickapic", "sd35_tdm_r1"}
+OTHERS |= {"sdxl_pickscore", "flux_pickscore"}
 # Of the comparison's search: method and schedule.
 COMPARED = {"tiny_flow_grpo": ("flow_grpo", "short"), "tiny_diffusion_dpo": ("online_dpo", "short")}
 # What the recipe leaves to the command line.
@@ -158,7 +159,7 @@ def kept_levels(args: DGPOConfig) -> int:
 
 
 def test_there_are_the_recipes_that_were_promised():
-    ours = {"tiny_ocr", "tiny_ocr_jpeg", "tiny_gpo", "tiny_sdxl"}
+    ours = {"tiny_ocr", "tiny_ocr_jpeg", "tiny_gpo", "tiny_tdm_r1", "tiny_sdxl"}
     assert RECIPES.keys() == PUBLISHED.keys() | OTHERS | COMPARED.keys() | ours
 
 
@@ -184,6 +185,7 @@ def test_rounds_and_levels_are_those_of_the_authors():
         "sd35_flow_grpo": 1152,
         "sd35_diffusion_dpo": 192,
         "sd35_pickapic": 512,
+        "sd35_tdm_r1": 1152,
         "tiny_ocr": 72,
         "tiny_ocr_jpeg": 72,
         "tiny_gpo": 72,
@@ -192,6 +194,7 @@ def test_rounds_and_levels_are_those_of_the_authors():
         "sdxl_pickscore": 192,
         "flux_pickscore": 192,
         "tiny_sdxl": 32,
+        "tiny_tdm_r1": 72,
     }
     # trunc_steps is the last index that is kept: 6 and 4.
     on_grid = {name: kept_levels(config(name)) for name in ("sd35_ocr", "sd35_geneval", "sd35_pickscore", "sd35_gpo")}
@@ -218,6 +221,26 @@ def test_flow_grpo_is_the_authors():
     _, fast, _ = read("sd35_flow_grpo", *words)
     assert (fast.num_train_timesteps, fast.reference_guidance_scale, fast.clip_range) == (3, 1.0, 1e-5)
     assert (fast.kl_coef, fast.noise_level, fast.t_min) == (0.0, 0.8, 0.5)
+
+
+def test_tdm_r1_is_the_authors():
+    args = config("sd35_tdm_r1")
+    ours = {"output_dir", "run_name", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"}
+    ours |= {"eval_strategy", "eval_steps", "do_eval", "save_steps", "save_total_limit", "save_strategy"}
+    ours.add("train_batch_size")  # DDPO's name of the first
+    default = type(args)(output_dir="x", prompts_per_round=48)  # whose defaults are theirs
+    differing = {f.name for f in fields(args) if getattr(args, f.name) != getattr(default, f.name)}
+    assert differing <= ours
+    assert args.max_steps % args.steps_per_round == 0
+
+
+def test_the_tiny_tdm_r1_is_the_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES.parent / "benchmarks")
+    benchmark, runs = (importlib.import_module(module) for module in ("tdm_r1", "runs"))
+    _, args, model = read("tiny_tdm_r1")
+    expected = runs.COMMON | benchmark.TDM_R1
+    assert {field: getattr(args, field) for field in expected} == expected
+    assert (model.lora_r, model.lora_alpha) == runs.Run("", "", 0.0, 0.0).lora
 
 
 def test_pairs_of_people_need_no_reward():

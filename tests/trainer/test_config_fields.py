@@ -10,12 +10,12 @@ from tiny_trainers import tiny_config
 from transformers import HfArgumentParser
 from trl.trainer.base_config import _BaseConfig
 
-from trl_dgpo import DGPOConfig, DiffusionDPOConfig, DiffusionSFTConfig, FlowGRPOConfig, GPOConfig
+from trl_dgpo import DGPOConfig, DiffusionDPOConfig, DiffusionSFTConfig, FlowGRPOConfig, GPOConfig, TDMR1Config
 from trl_dgpo.ddpo_compat import DDPOFields, GRPOFields
 
 
 PACKAGE = Path(__file__).parents[2] / "trl_dgpo"
-CONFIGS = [DGPOConfig, GPOConfig, FlowGRPOConfig, DiffusionDPOConfig, DiffusionSFTConfig]
+CONFIGS = [DGPOConfig, GPOConfig, FlowGRPOConfig, DiffusionDPOConfig, DiffusionSFTConfig, TDMR1Config]
 DECLARING = [DDPOFields, GRPOFields, *CONFIGS]
 INHERITED = {f.name for f in fields(_BaseConfig)}  # what Trainer reads
 OURS = sorted({f.name for cls in CONFIGS for f in fields(cls)} - INHERITED)

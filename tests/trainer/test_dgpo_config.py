@@ -6,16 +6,17 @@ import warnings
 import pytest
 from tiny_trainers import tiny_config
 
-from trl_dgpo import DGPOConfig, DiffusionDPOConfig, DiffusionSFTConfig, FlowGRPOConfig, GPOConfig
+from trl_dgpo import DGPOConfig, DiffusionDPOConfig, DiffusionSFTConfig, FlowGRPOConfig, GPOConfig, TDMR1Config
 
 
-CONFIGS = [DGPOConfig, GPOConfig, FlowGRPOConfig, DiffusionDPOConfig, DiffusionSFTConfig]
+CONFIGS = [DGPOConfig, GPOConfig, FlowGRPOConfig, DiffusionDPOConfig, DiffusionSFTConfig, TDMR1Config]
 # Another value than the default of any method that has nothing to choose there.
 OTHER = {
     "advantage_clip": 5.0,
     "async_reward_computation": True,
     "beta": 0.5,
     "clip_range": 0.01,
+    "full_finetuning": True,
     "loss_type": "logsigmoid",
     "multi_objective_aggregation": "normalize_then_sum",
     "num_generations": 4,
@@ -23,10 +24,13 @@ OTHER = {
     "prompt_dropout": 0.1,
     "recenter_clipped": True,
     "reference": "old",
+    "reference_guidance_scale": 2.0,
     "reward_weights": [1.0],
+    "sample_guidance_scale": 2.0,
     "sampler": "euler",
     "scale_rewards": "batch",
     "shared_noise": False,
+    "t_max": 0.9,
     "timestep_sampling": "continuous",
 }
 
@@ -122,11 +126,10 @@ def test_grpos_beta_is_told_apart(tmp_path, config_class, config, default):
 )
 def test_where_a_method_has_nothing_to_choose_another_value_is_refused(tmp_path, config_class, name):
     given = {"output_dir": str(tmp_path), "use_cpu": True}
-    expected = (
-        f"`{name}` is {OTHER[name]!r}; in `{config_class.__name__}` it must be {getattr(config_class, name)!r}: "
-    )
+    other = "dpm" if OTHER[name] == getattr(config_class, name) == "euler" else OTHER[name]
+    expected = f"`{name}` is {other!r}; in `{config_class.__name__}` it must be {getattr(config_class, name)!r}: "
     with pytest.raises(ValueError) as error:
-        config_class(**given, **{name: OTHER[name]})
+        config_class(**given, **{name: other})
     assert str(error.value) == f"{expected}{config_class._fixed[name]}. Leave it unset."
     config_class(**given, **{name: getattr(config_class, name)})
 

@@ -931,7 +931,7 @@ def test_references_differ_once_the_policy_has_moved(tmp_path, reference):
 def test_averages_that_cannot_move_are_told(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "trl_dgpo"):
         tiny_trainer(tmp_path, ema_every=8)
-    assert "`max_steps` (1) is below `ema_every` (8)" in caplog.text
+    assert "`max_steps` (1) gives the policy fewer steps than `ema_every` (8)" in caplog.text
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

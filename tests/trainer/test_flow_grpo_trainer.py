@@ -67,7 +67,7 @@ def policy_steps(trainer):
     """Of each level and group with valid samples: group, mask of its rows, mean, reference mean, std and s."""
     args, record = trainer.args, trainer.buffer.record
     grid, levels = trainer.backbone.sigmas(args.sample_num_steps).tolist(), trainer._draw_levels(0, 0)
-    edges = [1.0, *trainer.backbone._step_levels(args.sample_num_steps)[1:]]
+    edges = [1.0, *trainer.backbone.step_levels(args.sample_num_steps)[1:]]
     for sigma in levels:
         step = grid.index(sigma)
         now, following = edges[step], edges[step + 1]
@@ -225,7 +225,7 @@ def test_a_round_keeps_the_steps_and_not_more(tmp_path):
     first = trainer._stochastic_steps(0)[0]
     assert record.steps.tolist() == [[first, first + 1]] * 16
     # Outside the window the rollout is the ODE's: from the start to the window, and from there to the image.
-    edges = trainer.backbone._step_levels(args.sample_num_steps)
+    edges = trainer.backbone.step_levels(args.sample_num_steps)
     grid = trainer.backbone.sigmas(args.sample_num_steps).tolist()
     keys = list(zip(record.group_index.tolist(), record.number_in_group.tolist(), strict=True))
     conditioning = {name: rows[record.local_index] for name, rows in record.conditioning.items()}

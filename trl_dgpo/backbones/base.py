@@ -380,21 +380,23 @@ class Backbone(ABC):
             noise_level (`float`, *optional*, defaults to `0.7`):
                 Strength of that noise.
             keep (`Callable`, *optional*):
-                Called after each stochastic step.
+                Called after each step, see [`~trl_dgpo.backbones.flow.FlowBackbone`].
 
         Returns:
             `torch.Tensor` of shape `(B, C, h, w)`.
 
         Raises:
-            `ValueError`: if `step_noise` is given in vain, or `keep` without it, or the conditioning's rows do not
-                match.
+            `ValueError`: if `step_noise` or `keep` is given in vain, or the conditioning's rows do not match.
         """
         if step_noise is not None:
             raise ValueError(
                 f"`step_noise` is given and `sampler` is {self.sampler!r}, which draws nothing; only 'sde' takes it."
             )
         if keep is not None:
-            raise ValueError("`keep` is given without `step_noise`, so there are no stochastic steps to keep.")
+            raise ValueError(
+                f"`keep` is given and `sampler` is {self.sampler!r}, on {self.PIPELINE}; only steps along one "
+                "velocity are shown, those of 'euler' and 'sde' on a pipeline of flow matching."
+            )
         # It counts steps and keeps predictions: a fresh one for each call.
         scheduler = copy.deepcopy(self._prepared(num_steps, self.device))
         dtype = self._dtype(conditioning)

@@ -70,10 +70,11 @@ class FlowBackbone(Backbone):
             noise_level (`float`, *optional*, defaults to `0.7`):
                 Strength of that noise, see [`~trl_dgpo.noising.flow_sde_coefficients`].
             keep (`Callable`, *optional*):
-                Called after each stochastic step with its number, the latents before it, the velocity there and the
-                latents after it, all in float32.
+                For the `"euler"` and `"sde"` samplers: called after each step with its number, the latents before it,
+                the velocity there and the latents after it, all in float32. Latents are then kept so too.
         """
-        if step_noise is None or self.sampler != "sde":
+        is_shown = keep is not None and self.sampler != "dpm"
+        if not (is_shown if step_noise is None else self.sampler == "sde"):
             return super().sample(
                 latents,
                 conditioning,
@@ -84,7 +85,7 @@ class FlowBackbone(Backbone):
             )
         dtype = self._dtype(conditioning)
         conditioning = self._guided(conditioning, len(latents), guidance_scale)
-        levels = self._step_levels(num_steps)
+        levels = self.step_levels(num_steps)
         coefficients = self.sde_coefficients(num_steps, noise_level=noise_level)
         latents = latents.to(self.device, dtype).float()
         with _evaluating(self.denoiser):
@@ -93,14 +94,37 @@ class FlowBackbone(Backbone):
                 velocity = self._guided_prediction(
                     self.denoiser, latents.to(dtype), timestep, conditioning, guidance_scale, torch.float32
                 )
-                x_t, z = latents, step_noise(i) if i < num_steps - 1 else None
+                x_t, z = latents, None if step_noise is None or i == num_steps - 1 else step_noise(i)
                 if z is None:
                     latents = x_t + (levels[i + 1] - levels[i]) * velocity
                 else:
                     latents = noising.flow_sde_step(x_t, velocity, z.to(x_t), coefficients[i])
-                    if keep is not None:
-                        keep(i, x_t, velocity, latents)
+                if keep is not None:
+                    keep(i, x_t, velocity, latents)
         return latents.to(dtype)
+
+    def predict_sides(self, x_t: Tensor, sigma: float, conditioning: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """
+        What guidance is made of, from one forward of twice the batch.
+
+        Args:
+            x_t (`torch.Tensor` of shape `(B, C, h, w)`):
+                Noised latents.
+            sigma (`float`):
+                Their level.
+            conditioning (`dict[str, torch.Tensor]`):
+                One row a latent.
+
+        Returns:
+            Two `torch.Tensor` of shape `(B, C, h, w)`: the velocities for the negative prompt, and for the
+            conditioning.
+        """
+        x_t = torch.cat([x_t.to(self.device, self._dtype(conditioning))] * 2)
+        timestep = torch.full((len(x_t),), 1000 * sigma, dtype=torch.float32, device=self.device)
+        # any scale above 1 asks for both
+        both = self._forward(self.denoiser, x_t, timestep, self._guided(conditioning, len(x_t) // 2, math.inf))
+        negative, positive = both.chunk(2)
+        return negative, positive
 
     def sde_coefficients(self, num_steps: int, *, noise_level: float = 0.7) -> list[noising.SDECoefficients]:
         """
@@ -113,14 +137,14 @@ class FlowBackbone(Backbone):
                 As in [`~trl_dgpo.noising.flow_sde_coefficients`].
         """
         # The start is pure noise, level 1, also where the grid says 0.99967: there 1 / (1 - sigma) explodes.
-        levels = [1.0, *self._step_levels(num_steps)[1:]]
+        levels = [1.0, *self.step_levels(num_steps)[1:]]
         return [
             noising.flow_sde_coefficients(sigma, next_sigma, noise_level=noise_level, max_sigma=levels[1])
             for sigma, next_sigma in pairwise(levels[:-1])
         ]
 
-    def _step_levels(self, num_steps: int) -> list[float]:
-        """Levels from which and to which a rollout steps, the last one 0."""
+    def step_levels(self, num_steps: int) -> list[float]:
+        """Levels from which and to which a rollout of so many steps goes, the last one 0."""
         return self._prepared(num_steps, torch.device("cpu")).sigmas.tolist()
 
     def _walk(self, sampler: str, sigmas: str, image_size: tuple[int, int] | None) -> tuple[float, SchedulerMixin]:

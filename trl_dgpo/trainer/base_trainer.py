@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -48,7 +48,7 @@ from ..callbacks import (
 )
 from ..checkpoints import rotate
 from ..ddpo_compat import DDPOFields, GRPOFields, PromptStream
-from ..engines import check_engine
+from ..engines import ENGINES, check_engine
 from ..evaluation import evaluation_latents, evaluation_metrics, measure_images
 from ..hub import (
     RunDescription,
@@ -99,6 +99,8 @@ class DiffusionTrainer(_BaseTrainer):
     # The loss is a mean over a micro-batch: Trainer divides it by the accumulation steps.
     loss_is_scaled_for_ga = False
     _config_class = DGPOConfig
+    _companions: ClassVar[tuple[str, ...]] = ()  # adapters that a method trains beside the policy
+    _old_of: ClassVar[str | None] = None  # the one whose average `old` is, or the policy
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class DiffusionTrainer(_BaseTrainer):
         quantization_config: Any = None,
     ):
         _check_arguments(model, args, peft_config, quantization_config)
+        self._check_companions(args, optimizers)
         if args.eval_on_start and eval_dataset is None:
             args = copy.copy(args)  # the caller's may serve another trainer
             args.eval_on_start = False
@@ -147,7 +150,9 @@ class DiffusionTrainer(_BaseTrainer):
         self.backbone.denoiser._internal_dict = _ModelConfig(self.backbone.denoiser.config)
         shown = args.num_log_images > 0
         views = (*(("ema",) if args.save_ema or eval_dataset is not None or shown else ()), *self._views(args))
-        self.policy = Policy(self.backbone.denoiser, peft_config, views, start)
+        self.policy = Policy(
+            self.backbone.denoiser, peft_config, views, start, companions=self._companions, old_of=self._old_of
+        )
         if peft_config is not None:  # PEFT has asked the denoiser, which is only a part of the model
             peft_config.base_model_name_or_path, peft_config.revision = self.base_model, self._base_revision
         if args.merge_adapter:
@@ -177,10 +182,11 @@ class DiffusionTrainer(_BaseTrainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback)
         self._add_pictures()
-        if 0 < args.max_steps < args.ema_every and "ema" in self.policy.views:
+        own_steps = args.max_steps // args.num_adapters
+        if args.max_steps > 0 and own_steps < args.ema_every and "ema" in self.policy.views:
             logger.warning(
-                "`max_steps` (%d) is below `ema_every` (%d): the `ema` weights, which are evaluated%s, will not "
-                "move. Lower `ema_every`.",
+                "`max_steps` (%d) gives the policy fewer steps than `ema_every` (%d): the `ema` weights, which are "
+                "evaluated%s, will not move. Lower `ema_every`.",
                 args.max_steps,
                 args.ema_every,
                 " and saved" if args.save_ema else "",
@@ -199,6 +205,21 @@ class DiffusionTrainer(_BaseTrainer):
     def _views(self, args: DGPOConfig) -> tuple[str, ...]:
         """Views of the policy that the method uses, besides `ema`."""
         raise NotImplementedError
+
+    def _check_companions(self, args: DGPOConfig, optimizers: tuple) -> None:
+        if not self._companions:
+            return
+        if optimizers != (None, None):
+            raise ValueError(
+                f"`optimizers` is given, and {self._name} makes its own: it trains adapters that do not exist yet, "
+                "each at a rate of its own. Leave it out, and set the rates in `args`."
+            )
+        if (engine := check_engine(args)) in ("fsdp2", "zero2"):
+            raise ValueError(
+                f"{ENGINES[engine].name} is asked for, and {self._name} trains several adapters, one of them in each "
+                "optimiser step; what shards gradients or moments needs all of them in each. Use plain DDP "
+                "(`accelerate launch --multi_gpu` or `torchrun`)."
+            )
 
     def _add_pictures(self) -> None:
         """The callbacks by which a run is looked at, while it goes on and afterwards."""
@@ -498,6 +519,13 @@ class DiffusionTrainer(_BaseTrainer):
                 if any(counts):
                     logs[name] = sum(sums) / sum(counts)
         super().log(logs, start_time)
+
+    def move_averages(self, step: int) -> None:
+        """Move the averaged weights after the optimiser step of this number, from 0."""
+        if "old" in self.policy.views:
+            self.policy.update_old(step)
+        if "ema" in self.policy.views and (step + 1) % self.args.ema_every == 0:
+            self.policy.update_ema(step)
 
     def end_update(self) -> None:
         """Log the seconds of an optimiser step, with those of the round that it began."""
@@ -818,12 +846,8 @@ class _MoveAverages(TrainerCallback):
         self.trainer = trainer
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        policy, step = self.trainer.policy, state.global_step
         if not self.trainer.accelerator.optimizer_step_was_skipped:
-            if "old" in policy.views:
-                policy.update_old(step)
-            if "ema" in policy.views and (step + 1) % args.ema_every == 0:
-                policy.update_ema(step)
+            self.trainer.move_averages(state.global_step)
         self.trainer.end_update()
 
 

@@ -469,9 +469,29 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         return self.clip_range is not None
 
     @property
+    def keeps_base(self) -> bool:
+        """Whether the loss reads the frozen model's predictions, and not only its errors."""
+        return bool(self.kl_coef)
+
+    @property
     def latents_per_image(self) -> int:
         """Latents that the record of a round keeps of each image."""
         return 1
+
+    @property
+    def num_adapters(self) -> int:
+        """LoRAs that are trained, where any is."""
+        return 1
+
+    @property
+    def num_directions(self) -> int:
+        """Latents in which each image of an optimiser step is told, at each level, where to move."""
+        return 0
+
+    @property
+    def no_grad_guidance_scale(self) -> float:
+        """Largest guidance of the forwards without gradient that an optimiser step begins with."""
+        return self.reference_guidance_scale
 
     @property
     def train_guidance_scale(self) -> float:

@@ -63,11 +63,11 @@ logger = logging.getLogger(__name__)
 # Names in the log that a reward cannot give to numbers of its own.
 _OWN_METRICS = {
     *("loss", "learning_rate", "grad_norm", "epoch", "step", "objective", "gate_mean", "clip_ratio", "kl"),
-    *("ratio_mean", "approx_kl"),
+    *("ratio_mean", "approx_kl", "drift_ratio"),
     *("reward", "reward_std", "frac_reward_zero_std", "rewards_failed", "advantage_clip_ratio"),
     *("num_pairs", "pair_margin"),
 }
-_OWN_PREFIXES = ("rewards/", "time/", "eval_", "train_")
+_OWN_PREFIXES = ("rewards/", "time/", "loss/", "eval_", "train_")
 
 _LATENT_TOLERANCE = 16  # mean difference of a picture and its decoded latent; a JPEG's is below 5
 
@@ -363,20 +363,27 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     ) -> Tensor:
         if not self._work:
             self._begin_update()
-        part, fixed, batch, level = self._work.popleft()
+        return self._loss(model, *self._work.popleft())
+
+    def _loss(self, model: nn.Module, part: Part, fixed: Fixed, batch: MicroBatch, level: int) -> Tensor:
+        """The loss of a micro-batch at one level."""
         args, rows = self.args, batch.rows
         prediction, target = self._predict(part, rows, level, model=model)
-        loss = self._preference_loss(denoising_error(prediction, target), part, fixed, batch, level)
+        errors = self._errors(prediction, target, fixed, batch, level)
+        loss = self._preference_loss(errors, part, fixed, batch, level)
         if args.kl_coef:
             kl = prediction.new_zeros((), dtype=torch.float32)
             if batch.weighs:
-                base_prediction = fixed.base_predictions[level][_like(rows, fixed.base_predictions[level])]
-                divergence = denoising_error(prediction, base_prediction.to(prediction.device, non_blocking=True))
+                divergence = denoising_error(prediction, self._base_prediction(fixed, rows, level))
                 kl = batch.share * group_mean(self._kl(divergence, part, level), batch.group_index, **batch.sizes)
             # "logsigmoid" has a factor beta in its gradient; the KL term gets it too, to weigh the same.
             loss = loss + args.kl_coef * (args.beta if args.loss_type == "logsigmoid" else 1.0) * kl
             self._metrics["kl"].append(kl.detach())
         return loss
+
+    def _errors(self, prediction: Tensor, target: Tensor, fixed: Fixed, batch: MicroBatch, level: int) -> Tensor:
+        """The errors that are learned from."""
+        return denoising_error(prediction, target)
 
     def _preference_loss(self, errors: Tensor, part: Part, fixed: Fixed, batch: MicroBatch, level: int) -> Tensor:
         """The loss of a micro-batch at one level, but for the KL term."""
@@ -400,6 +407,11 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             loss = loss - loss.detach() + fixed.objectives[level]  # the value in the log, whatever the micro-batches
         return loss
 
+    def _base_prediction(self, fixed: Fixed, rows: slice | Tensor, level: int) -> Tensor:
+        """The frozen model's predictions of some rows, wherever they wait."""
+        predictions = fixed.base_predictions[level]
+        return predictions[_like(rows, predictions)].to(self.args.device, non_blocking=True)
+
     def _kl(self, divergence: Tensor, part: Part, level: int) -> Tensor:
         """KL term of each sample, of its squared velocity difference to the base."""
         return divergence
@@ -421,7 +433,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         """Roll out where a round begins, then compute all that does not move during the optimiser step."""
         args = self.args
         round, step = divmod(self.state.global_step, args.steps_per_round)
-        iteration, update = divmod(step, args.updates_per_round)
+        iteration, update = divmod(self._update_of(step), args.updates_per_round)
         if self.buffer.round != round:
             if step:
                 logger.warning(
@@ -438,6 +450,20 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         batches = self._micro_batches(part)
         self._work.extend((part, fixed, batch, level) for level in range(len(part.sigmas)) for batch in batches)
         self._stopwatch.start("update")
+
+    def _update_of(self, step: int) -> int:
+        """Which of a round's updates one of its optimiser steps is."""
+        return step
+
+    @property
+    def _trained(self) -> str | None:
+        """The view that learns in this optimiser step, which is the policy if there is none."""
+        return None
+
+    @property
+    def _shares_noise(self) -> bool:
+        """Whether the images of a group are noised alike."""
+        return self.args.shared_noise
 
     def _draw_levels(self, round: int, iteration: int) -> list[float]:
         """The levels of a pass, the same for every group."""
@@ -458,13 +484,17 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         return Part(
             rollout=dataclasses.replace(rollout, conditioning=self._conditioning(rollout, (round, iteration))),
             first_group=int(rollout.groups[0]) - update * args.groups_per_update,
-            learned_from=rollout.valid if args.kl_coef else self._moves(rollout),
+            learned_from=self._learned_from(rollout),
             sigmas=sigmas,
             noise=[self._noise(rollout, (round, iteration, level)) for level in range(len(sigmas))],
             advantages=to_device(rollout.advantages, device),
             group_index=to_device(rollout.local_index, device),
             group_sizes=to_device(rollout.group_sizes, device),
         )
+
+    def _learned_from(self, rollout: Rollout) -> Tensor:
+        """Mask of the samples that have a forward."""
+        return rollout.valid if self.args.kl_coef else self._moves(rollout)
 
     def _moves(self, rollout: Rollout) -> Tensor:
         """
@@ -533,10 +563,10 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         reference = args.reference if args.reads_reference else None
         merged = self.merges_exactly and args.merge_adapter is not False
         base_errors = old_errors = reference_errors = base_predictions = scores = objectives = None
-        if args.kl_coef or reference == "frozen":
+        if args.keeps_base or reference == "frozen":
             guidance_scale = args.reference_guidance_scale
             base_errors, base_predictions = self._no_grad_pass(
-                using("base"), part, guidance_scale, keep=bool(args.kl_coef)
+                using("base"), part, guidance_scale, keep=args.keeps_base
             )
         if args.clips_errors or reference == "old":
             old_errors, _ = self._no_grad_pass(using("old", merged=merged), part)
@@ -545,7 +575,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         elif reference is not None:
             reference_errors = {"frozen": base_errors, "old": old_errors}[reference]
         if reference is not None and args.is_group_cut:
-            errors, _ = self._no_grad_pass(using(), part)
+            errors, _ = self._no_grad_pass(using(self._trained), part)
             scores, objectives = self._whole_scores(part, errors, reference_errors)
         return Fixed(reference_errors, old_errors, base_predictions, scores, objectives)
 
@@ -581,10 +611,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         self, view: AbstractContextManager, part: Part, guidance_scale: float = 1.0, *, keep: bool = False
     ) -> tuple[Tensor, list[Tensor] | None]:
         """Errors `(levels, images)`, and the predictions of each level if they are to be kept."""
-        args = self.args
-        # As many rows as a rollout's forward has: nothing is saved for a backward.
-        rows_at_once = args.sample_batch_size * (2 if args.sample_guidance_scale > 1 else 1)
-        size = max(args.per_device_train_batch_size, rows_at_once // (2 if guidance_scale > 1 else 1))
+        args, size = self.args, self._rows_without_gradient(guidance_scale)
         errors = torch.zeros(len(part.sigmas), len(part.learned_from), device=args.device)
         blocks = [rows for _, rows, _ in self._blocks(part, size)]
         predictions: list[Tensor] = []
@@ -602,6 +629,11 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
                             predictions[level][_like(rows, predictions[level])] = prediction.to(predictions[level])
         return errors, predictions if keep else None
 
+    def _rows_without_gradient(self, guidance_scale: float) -> int:
+        """As many as a rollout's forward has: nothing is saved for a backward."""
+        rows_at_once = self.args.sample_batch_size * (2 if self.args.sample_guidance_scale > 1 else 1)
+        return max(self.args.per_device_train_batch_size, rows_at_once // (2 if guidance_scale > 1 else 1))
+
     def _predict(
         self,
         part: Part,
@@ -613,7 +645,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     ) -> tuple[Tensor, Tensor]:
         """Prediction and target of some rows, noised here and now: kept for all of them it would fill a GPU."""
         x0, index, sigma = part.rollout.x0[rows], part.group_index[rows], part.sigmas[level]
-        noise = part.noise[level][index if self.args.shared_noise else rows]
+        noise = part.noise[level][index if self._shares_noise else rows]
         x_t = self.backbone.noise(x0, noise, sigma)
         conditioning = {name: of_groups[index] for name, of_groups in part.rollout.conditioning.items()}
         # The prepared model casts by itself; the bare transformer does not.
@@ -693,9 +725,13 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         return {"advantages": advantages}
 
     def _sample_and_score(
-        self, round: int, rows: list[dict], view: str | None
+        self, round: int, rows: list[dict], view: str | None, **options
     ) -> tuple[dict[str, Tensor], Tensor, Scores]:
-        """Of this process's images: what the record keeps of their sampling, pictures and scores."""
+        """
+        Of this process's images: what the record keeps of their sampling, pictures and scores.
+
+        Further `options` are those of the backbone's `sample`.
+        """
         args = self.args
         keys = list(zip(self._group_index.tolist(), self._number_in_group.tolist(), strict=True))
         sampled = self._sample(
@@ -705,6 +741,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             num_steps=args.sample_num_steps,
             guidance_scale=args.sample_guidance_scale,
             step_noise=self._step_noise(round, keys) if args.sampler == "sde" else None,
+            **options,
         )
         # What carries a model is called once, for the whole round; what only needs a CPU, or waits, as images arrive.
         arriving, whole = self.scorer.split() if args.async_reward_computation else (None, self.scorer)
@@ -820,8 +857,8 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         )
 
     def _noise(self, rollout: Rollout, key: tuple[int, int, int]) -> Tensor:
-        """Noise of a level: one draw a group, or with `shared_noise=False` one an image."""
-        if self.args.shared_noise:
+        """Noise of a level: one draw a group, or where noise is not shared one an image."""
+        if self._shares_noise:
             keys = [(group,) for group in rollout.groups.tolist()]
         else:
             keys = list(zip(rollout.group_index.tolist(), rollout.number_in_group.tolist(), strict=True))
@@ -900,7 +937,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             or (args.old_policy_after is not None and self.saved is None)
             or (args.reads_reference and args.reference == "old"),
             "reference": args.reads_reference and args.reference == "refreshed",
-            "base": bool(args.kl_coef) or (args.reads_reference and args.reference == "frozen"),
+            "base": args.keeps_base or (args.reads_reference and args.reference == "frozen"),
         }
         return tuple(view for view, is_used in used.items() if is_used)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..losses import denoising_error, flow_grpo_loss, step_kl, step_log_prob
 from ..noising import SDECoefficients, flow_sde_target, trainable_levels
 from ..rewards.scoring import Scores
-from ..rollout import Rollout, Trajectory
+from ..rollout import Rollout, Trajectory, Visited
 from ..seeding import generator
 from .dgpo_trainer import DGPOTrainer, Fixed, MicroBatch, Part
 from .flow_grpo_config import FlowGRPOConfig
@@ -62,28 +62,27 @@ class FlowGRPOTrainer(DGPOTrainer):
         self, round: int, rows: list[dict], view: str | None
     ) -> tuple[dict[str, Tensor], Tensor, Scores]:
         steps, device = self._stochastic_steps(round), self.args.device
-        # One piece of memory from the start, that nothing is ever copied together from.
-        self._visited = _Visited(
-            steps[0],
+        self._visited = _VisitedAtRandom(
             torch.empty(len(rows), len(steps) + 1, *self._latent_shape, device=device),
-            torch.empty(len(rows), len(steps), device=device),
+            first=steps[0],
+            log_probs=torch.empty(len(rows), len(steps), device=device),
         )
         try:
-            sampled, images, scores = super()._sample_and_score(round, rows, view)
+            sampled, images, scores = super()._sample_and_score(
+                round, rows, view, noise_level=self.args.noise_level, keep=self._keep
+            )
             trajectory = {"latents": self._visited.latents, "log_probs": self._visited.log_probs}
         finally:
             del self._visited
         return {**sampled, **trajectory, "steps": torch.tensor(steps).repeat(len(rows), 1)}, images, scores
 
-    def _sample(self, *args, step_noise: Callable | None = None, **kwargs) -> Iterator:
-        if step_noise is not None:  # a rollout, not an evaluation
-            kwargs |= {"noise_level": self.args.noise_level, "keep": self._keep}
-        return super()._sample(*args, step_noise=step_noise, **kwargs)
-
     def _keep(self, step: int, x_t: Tensor, velocity: Tensor, x_next: Tensor) -> None:
-        coefficients = self._coefficients[step]
-        errors = denoising_error(velocity, flow_sde_target(x_t, x_next, coefficients))
-        self._visited.add(step, x_t, x_next, step_log_prob(errors, coefficients.velocity, coefficients.std))
+        number = step - self._visited.first
+        if 0 <= number < self._visited.log_probs.shape[1]:  # else a step of the ODE
+            coefficients = self._coefficients[step]
+            errors = denoising_error(velocity, flow_sde_target(x_t, x_next, coefficients))
+            rows = self._visited.add(number, x_t, x_next)
+            self._visited.log_probs[rows, number] = step_log_prob(errors, coefficients.velocity, coefficients.std)
 
     def _step_noise(self, round: int, keys: list[tuple[int, int]]) -> Callable[[slice, int], Tensor | None]:
         noise, steps = super()._step_noise(round, keys), self._stochastic_steps(round)
@@ -220,19 +219,8 @@ class _StepsPart(Part):
 
 
 @dataclass
-class _Visited:
-    """Where a round's trajectories are written while they are sampled, some rows after the other."""
+class _VisitedAtRandom(Visited):
+    """What was visited, and with what probability."""
 
-    first: int  # number of the first stochastic step
-    latents: Tensor  # (images, steps + 1, C, h, w)
-    log_probs: Tensor  # (images, steps)
-    done: int = 0  # rows
-
-    def add(self, step: int, x_t: Tensor, x_next: Tensor, log_probs: Tensor) -> None:
-        number, rows = step - self.first, slice(self.done, self.done + len(x_t))
-        if number == 0:
-            self.latents[rows, 0] = x_t
-        self.latents[rows, number + 1] = x_next
-        self.log_probs[rows, number] = log_probs
-        if number == self.log_probs.shape[1] - 1:
-            self.done = rows.stop
+    first: int = field(kw_only=True)  # number of the first stochastic step
+    log_probs: Tensor = field(kw_only=True)  # (images, steps)
