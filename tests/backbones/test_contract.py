@@ -21,6 +21,13 @@ PROMPTS = ["a cat", "two dogs, one hat"]
 LENGTH = 16
 SIZE = (32, 64)
 NAMES = ["sd3", *FAMILIES]
+OWN = "own"  # the levels of the pipeline's scheduler
+GRIDS = {
+    "dpm": {"sampler": "dpm", "sigmas": "dpm"},
+    "euler": {"sampler": "euler", "sigmas": "dpm"},
+    OWN: {"sampler": "euler", "sigmas": "model"},
+}
+WALKED = [(name, grid) for name in NAMES for grid in GRIDS if name != "z-image" or grid == OWN]
 WALK = {"num_steps": 2, "guidance_scale": 1.0}
 
 
@@ -28,8 +35,8 @@ def pipeline_of(name: str) -> DiffusionPipeline:
     return tiny_random_pipeline(third_text_encoder=True) if name == "sd3" else tiny_family(name)
 
 
-def backbone_of(name: str, **options):
-    options = {"sampler": "euler", "sigmas": "model", "image_size": SIZE, "max_sequence_length": LENGTH, **options}
+def backbone_of(name: str, grid: str = OWN, **options):
+    options = {**GRIDS[grid], "image_size": SIZE, "max_sequence_length": LENGTH, **options}
     return load_backbone(pipeline_of(name), **options)
 
 
@@ -55,9 +62,9 @@ ROUNDED = {"z-image": 1e-5, "flux-dev": 1e-5, "flux-schnell": 1e-5}
 
 
 @pytest.mark.parametrize(("guidance_scale", "negative_prompt"), [(1.0, ""), (3.0, ""), (3.0, "grey")])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_rollout_is_the_pipelines_own_call(name, guidance_scale, negative_prompt):
-    backbone, plain = backbone_of(name, negative_prompt=negative_prompt), pipeline_of(name)
+@pytest.mark.parametrize(("name", "grid"), WALKED)
+def test_a_rollout_is_the_pipelines_own_call(name, grid, guidance_scale, negative_prompt):
+    backbone, plain = backbone_of(name, grid, negative_prompt=negative_prompt), pipeline_of(name)
     plain.scheduler = backbone.scheduler
     arguments = backbone.pipeline_call(guidance_scale)
     drawn = []
@@ -78,6 +85,46 @@ def test_a_rollout_is_the_pipelines_own_call(name, guidance_scale, negative_prom
     assert not torch.equal(*drawn)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rollout_in_half_precision_is_the_pipelines_own_call(name, dtype):
+    plain = pipeline_of(name).to(dtype)
+    plain.vae.float()  # as a named model is loaded
+    backbone = load_backbone(plain, image_size=SIZE, max_sequence_length=LENGTH, **GRIDS[OWN])
+    plain.scheduler = backbone.scheduler
+    latents = noise(1, *backbone.latent_shape(*SIZE)).to(backbone.LATENTS_DTYPE or dtype)
+    x0 = backbone.sample(latents, backbone.encode(PROMPTS[:1]), num_steps=4, guidance_scale=1.0)
+    expected = call(name, plain, PROMPTS[0], latents, output_type="latent", **backbone.pipeline_call(1.0))
+    assert x0.dtype == expected.dtype
+    assert torch.equal(x0, expected)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_company_changes_nothing(name, guidance_scale):
+    prompts = [*PROMPTS, "a sign that says: forty characters and more of them"]  # not all of one length
+    backbone = backbone_of(name, max_sequence_length=64)
+    conditioning, x_t = backbone.encode(prompts), noise(3, *backbone.latent_shape(*SIZE))
+    with torch.no_grad():
+        together = backbone.predict(x_t, 0.5, conditioning, guidance_scale=guidance_scale)
+        for i, prompt in enumerate(prompts):
+            alone = backbone.predict(x_t[i : i + 1], 0.5, backbone.encode([prompt]), guidance_scale=guidance_scale)
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "grid"), [pair for pair in WALKED if pair[1] != "dpm"])
+def test_one_step_goes_to_where_the_prediction_points(name, grid):
+    backbone = backbone_of(name, grid)
+    conditioning, latents = backbone.encode(PROMPTS), noise(2, *backbone.latent_shape(*SIZE))
+    sigma = backbone.sigmas(1).item()
+    stepped = backbone.sample(latents, conditioning, num_steps=1, guidance_scale=1.0)
+    with torch.no_grad():
+        pointed = backbone.clean(latents, backbone.predict(latents, sigma, conditioning), sigma)
+    # A scheduler may start a little above the level that it tells, or end a little above 0.
+    distance = (stepped - pointed).abs().mean() / pointed.abs().mean()
+    assert distance < 0.05
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_guidance_and_the_negative_prompt_are_felt(name):
     backbone, grey = backbone_of(name), backbone_of(name, negative_prompt="grey")
@@ -92,10 +139,9 @@ def test_guidance_and_the_negative_prompt_are_felt(name):
     torch.testing.assert_close(guided, away + 3.0 * (plain - away), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["dpm", "euler"])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_rollout_is_a_function_of_its_noise(name, sampler):
-    backbone = backbone_of(name, sampler=sampler, sigmas="dpm")
+@pytest.mark.parametrize(("name", "grid"), WALKED)
+def test_a_rollout_is_a_function_of_its_noise(name, grid):
+    backbone = backbone_of(name, grid)
     conditioning = backbone.encode(PROMPTS)
     latents = noise(2, *backbone.latent_shape(*SIZE))
     call = {"num_steps": 3, "guidance_scale": 1.0}
@@ -167,13 +213,13 @@ def test_images_are_encoded_and_decoded(name):
 
 
 def trainer_of(name: str, folder, *, model=None, **config):
-    config = {"sampler": "euler", "resolution": SIZE[0], "width": SIZE[1], "max_sequence_length": LENGTH, **config}
+    config = {**GRIDS[OWN], "resolution": SIZE[0], "width": SIZE[1], "max_sequence_length": LENGTH, **config}
     return tiny_trainer(folder, model=pipeline_of(name) if model is None else model, **config)
 
 
 def drawn_by(pipeline_or_folder) -> torch.Tensor:
     """Latents of the two prompts, as evaluations draw them."""
-    backbone = load_backbone(pipeline_or_folder, sampler="euler", image_size=SIZE, max_sequence_length=LENGTH)
+    backbone = load_backbone(pipeline_or_folder, image_size=SIZE, max_sequence_length=LENGTH, **GRIDS[OWN])
     latents = noise(2, *backbone.latent_shape(*SIZE))
     return backbone.sample(latents, backbone.encode(PROMPTS), num_steps=2, guidance_scale=1.0)
 
@@ -276,3 +322,62 @@ def test_only_distilled_guidance_is_told():
 def test_stochastic_steps_are_those_of_flow_matching(name):
     with pytest.raises(ValueError, match="`sampler` is 'sde', the stochastic steps of flow matching"):
         backbone_of(name, sampler="sde")
+
+
+def test_a_dropped_prompt_is_the_negative_one(tmp_path):
+    # SDXL was trained to see zeros in place of an empty prompt, not its embedding.
+    trainer = trainer_of("sdxl", tmp_path, prompt_dropout=0.999)
+    seen = []
+
+    def look(module, args, kwargs):
+        if module.training:
+            seen.append(kwargs["encoder_hidden_states"])
+
+    trainer.backbone.denoiser.register_forward_pre_hook(look, with_kwargs=True)
+    trainer.train()
+    assert seen
+    assert not any(rows.any() for rows in seen)
+
+
+def test_sdxls_vae_does_not_overflow():
+    plain = pipeline_of("sdxl").to(torch.float16)
+    weight = plain.vae.decoder.conv_in.weight
+    weight.data = (weight.float() * 6e4 / weight.abs().max()).half()  # what follows is beyond float16
+    plain.vae.register_to_config(force_upcast=True)
+    backbone = load_backbone(plain, image_size=SIZE, **GRIDS[OWN])
+    plain.scheduler = backbone.scheduler
+    latents = noise(1, *backbone.latent_shape(*SIZE)).half()
+    x0 = backbone.sample(latents, backbone.encode(PROMPTS[:1]), num_steps=4, guidance_scale=1.0)
+    (picture,) = call("sdxl", plain, PROMPTS[0], latents, output_type="pil", **backbone.pipeline_call(1.0))
+    drawn = backbone.decode(x0)
+    assert drawn.float().std() > 5
+    assert np.array_equal(drawn[0].permute(1, 2, 0).numpy(), np.asarray(picture))
+    assert backbone.encode_images(drawn).isfinite().all()
+    assert plain.vae.dtype == torch.float16  # it is the user's
+
+
+def test_z_images_pipeline_takes_no_other_levels():
+    for grid in ("dpm", "euler"):
+        with pytest.raises(ValueError, match="tells its scheduler the levels, which DPM-Solver"):
+            backbone_of("z-image", grid)
+
+
+def test_guidance_that_is_hardly_meant_is_told_once(caplog):
+    backbone = backbone_of("flux-dev")
+    x_t, conditioning = noise(2, *backbone.latent_shape(*SIZE)), backbone.encode(PROMPTS)
+    with torch.no_grad():
+        backbone.predict(x_t, 0.5, conditioning)
+        told = [record for record in caplog.records if record.name.startswith("trl_dgpo")]
+        assert not told
+        for _ in range(2):
+            backbone.predict(x_t, 0.5, conditioning, guidance_scale=3.0)
+    told = [record for record in caplog.records if record.name.startswith("trl_dgpo")]
+    assert [record.levelname for record in told] == ["WARNING"]
+    assert "Set `sample_guidance_scale=1.0`" in caplog.text
+
+
+def test_a_chat_template_is_part_of_what_embeds():
+    backbone, other = backbone_of("z-image"), backbone_of("z-image")
+    assert backbone.embeds_key() == other.embeds_key()
+    other.pipeline.tokenizer.chat_template = "{% for message in messages %}a {{ message['content'] }}{% endfor %}"
+    assert backbone.embeds_key() != other.embeds_key()

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from peft import LoraConfig
 from tiny_families import tiny_family
 from tiny_trainers import prompt_dataset, tiny_trainer
@@ -71,12 +78,33 @@ def test_a_saved_scheduler_walks_as_the_one_in_memory(sampler, tmp_path):
     assert torch.equal(saved.sigmas(4), backbone.sigmas(4))
 
 
+# As the Hub has them.
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        PNDMScheduler(**SD15, skip_prk_steps=True, set_alpha_to_one=False),
+        DDIMScheduler(**SD15, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"),
+        EulerDiscreteScheduler(**SD15, timestep_spacing="leading"),
+        EulerDiscreteScheduler(**SD15, use_karras_sigmas=True),
+    ],
+    ids=["SD 1.5", "SD 2.1", "SDXL", "Karras"],
+)
+def test_by_default_all_walk_evenly_spaced_timesteps(scheduler):
+    backbone = backbone_of("sd15", scheduler, sampler="dpm")
+    assert backbone.sigmas(10).tolist() == pytest.approx([0.999 - 0.0999 * i for i in range(10)], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("scheduler", "options", "message"),
     [
         (FlowMatchEulerDiscreteScheduler(), {}, "FlowMatchEulerDiscreteScheduler without `alphas_cumprod`"),
         (DDIMScheduler(prediction_type="sample"), {}, "`prediction_type`='sample'; it must be one of 'epsilon'"),
         (PNDMScheduler(), {"sigmas": "model"}, "a PNDMScheduler; of one forward a step and without noise are DDIM"),
+        (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), {"sigmas": "model"}, "without noise are DDIM"),
+        (EulerDiscreteScheduler(timestep_type="continuous"), {"sigmas": "model"}, "`timestep_type`='continuous'"),
         (None, {"sigmas": "model", "sampler": "dpm"}, "`sampler` is 'dpm', which has a grid of its own"),
     ],
 )

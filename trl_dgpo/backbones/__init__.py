@@ -118,7 +118,7 @@ def load_pipeline(
 
     index = read_index(model, revision, access(init_kwargs or {}))
     backbone_class = family([index["_class_name"]], f"{os.fspath(model)!r}, a {index['_class_name']}")
-    arguments = {name: None for name, entry in index.items() if entry == [None, None]}
+    arguments = {name: None for name, entry in index.items() if entry == [None, None]} | backbone_class.LOADING
     if denoiser is not None:
         arguments[backbone_class.DENOISER] = denoiser
     if quantization_config is not None:

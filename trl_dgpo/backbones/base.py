@@ -97,6 +97,7 @@ class Backbone(ABC):
     TOKENIZERS: ClassVar[tuple[str, ...]]
     CONDITIONING: ClassVar[tuple[str, ...]]  # names of a conditioning's tensors
     LORA_TARGETS: ClassVar[tuple[str, ...]]
+    LOADING: ClassVar[dict[str, Any]] = {}  # what a named pipeline is loaded with
     LATENTS_DTYPE: ClassVar[torch.dtype | None] = None  # of a rollout's latents; the conditioning's if not given
 
     def __init__(
@@ -190,6 +191,11 @@ class Backbone(ABC):
     def _embeds_guidance(pipeline: DiffusionPipeline) -> bool:
         """Whether the denoiser reads `embedded_guidance`."""
         return False
+
+    def _check_size(self, height: int, width: int, multiple: int) -> None:
+        for name, size in (("height", height), ("width", width)):
+            if size < multiple or size % multiple:
+                raise ValueError(f"`{name}` is {size}; this model takes multiples of {multiple} pixels.")
 
     def _to_vae(self, latents: Tensor) -> Tensor:
         """What the VAE decodes."""
@@ -407,7 +413,7 @@ class Backbone(ABC):
                 x_t = self._scaled(latents, timestep, scheduler).to(dtype)
                 prediction = self._guided_prediction(self.denoiser, x_t, timestep, conditioning, guidance_scale)
                 latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-        return latents.to(dtype)
+        return latents.to(self.LATENTS_DTYPE or dtype)
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
@@ -670,7 +676,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _describe_tokenizer(tokenizer: Any) -> list:
     described = [tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side]
-    described.append(tokenizer.special_tokens_map)
+    described += [tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None)]
     if not tokenizer.is_fast:
         return [type(tokenizer).__name__, *described, tokenizer.get_vocab(), tokenizer.init_kwargs]
     backend = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -18,8 +18,8 @@ from .base import Backbone
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-# Deterministic, one forward a step.
-WALKED = (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler)
+WALKED = (DDIMScheduler, EulerDiscreteScheduler)  # deterministic, one forward a step
+EVENLY = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")  # all off
 
 
 class DDPMBackbone(Backbone):
@@ -28,7 +28,7 @@ class DDPMBackbone(Backbone):
 
     `sigmas="dpm"` walks DPM-Solver++ (of order one, which is DDIM, for `sampler="euler"`) with the betas and
     the prediction of the pipeline's own scheduler, on equally spaced timesteps from the last one on;
-    `sigmas="model"` the pipeline's own, if it is DDIM, Euler or DPM-Solver++. There are no stochastic steps, so no
+    `sigmas="model"` the pipeline's own, if it is DDIM or Euler. There are no stochastic steps, so no
     Flow-GRPO.
     """
 
@@ -59,14 +59,20 @@ class DDPMBackbone(Backbone):
         level = self._timestep(sigma) / 1000
         return super().predict(x_t, level, conditioning, model=model, guidance_scale=guidance_scale)
 
-    def _timestep(self, sigma: Tensor | float) -> Tensor:
-        """The nearest whole timestep, float64."""
+    def _timestep(self, sigma: Tensor | float) -> Tensor | float:
+        """The nearest whole timestep."""
         last = len(self._alphas_cumprod) - 1
-        return (1000 * torch.as_tensor(sigma).double()).round().clamp(0, last)
+        if isinstance(sigma, Tensor):
+            return (1000 * sigma.double()).round().clamp(0, last)
+        return min(max(round(1000 * sigma), 0), last)
 
     def _alpha_bar(self, sigma: Tensor | float) -> Tensor | float:
-        chosen = self._alphas_cumprod.to(torch.as_tensor(sigma).device)[self._timestep(sigma).long()]
-        return chosen if isinstance(sigma, Tensor) and sigma.ndim else chosen.item()
+        timestep = self._timestep(sigma)
+        if not isinstance(timestep, Tensor):
+            return self._alphas_cumprod[timestep].item()
+        if self._alphas_on_device.device != timestep.device:
+            self._alphas_on_device = self._alphas_cumprod.to(timestep.device)
+        return self._alphas_on_device[timestep.long()]
 
     def _walk(self, sampler: str, sigmas: str, image_size: tuple[int, int] | None) -> tuple[float, SchedulerMixin]:
         own = self.pipeline.scheduler
@@ -75,7 +81,7 @@ class DDPMBackbone(Backbone):
                 f"The pipeline's scheduler is a {type(own).__name__} without `alphas_cumprod`, so it is none of DDPM. "
                 "Replace it: `pipeline.scheduler = DDIMScheduler.from_pretrained(model, subfolder='scheduler')`."
             )
-        self._alphas_cumprod = own.alphas_cumprod.double()
+        self._alphas_cumprod = self._alphas_on_device = own.alphas_cumprod.double().cpu()
         self._prediction_type = own.config.prediction_type
         if self._prediction_type not in PREDICTION_TYPES:
             raise ValueError(
@@ -98,11 +104,17 @@ class DDPMBackbone(Backbone):
                 final_sigmas_type="zero",
                 # Else a saved configuration, which names all values, would walk another way than the one in memory.
                 timestep_spacing="linspace",
+                **dict.fromkeys(EVENLY, False),
             )
         if sampler == "dpm":
             raise ValueError(
                 "`sigmas` is 'model' and `sampler` is 'dpm', which has a grid of its own; take `sampler='euler'`, or "
                 "`sigmas='dpm'`."
+            )
+        if own.config.get("timestep_type") == "continuous":
+            raise ValueError(
+                "`sigmas` is 'model' and the pipeline's scheduler has `timestep_type`='continuous', whose timesteps "
+                "are none of DDPM's. Replace the scheduler or take `sigmas='dpm'`."
             )
         if not isinstance(own, WALKED):
             walked = ", ".join(cls.__name__ for cls in WALKED)

@@ -101,7 +101,7 @@ class FlowBackbone(Backbone):
                     latents = noising.flow_sde_step(x_t, velocity, z.to(x_t), coefficients[i])
                 if keep is not None:
                     keep(i, x_t, velocity, latents)
-        return latents.to(dtype)
+        return latents.to(self.LATENTS_DTYPE or dtype)
 
     def predict_sides(self, x_t: Tensor, sigma: float, conditioning: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """
@@ -146,6 +146,12 @@ class FlowBackbone(Backbone):
     def step_levels(self, num_steps: int) -> list[float]:
         """Levels from which and to which a rollout of so many steps goes, the last one 0."""
         return self._prepared(num_steps, torch.device("cpu")).sigmas.tolist()
+
+    def _to_vae(self, latents: Tensor) -> Tensor:
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+    def _to_latents(self, encoded: Tensor) -> Tensor:
+        return (encoded - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     def _walk(self, sampler: str, sigmas: str, image_size: tuple[int, int] | None) -> tuple[float, SchedulerMixin]:
         own = self.pipeline.scheduler

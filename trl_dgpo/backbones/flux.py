@@ -1,16 +1,22 @@
 """FLUX.1 (dev and schnell): the only file that knows this family."""
 
+import functools
+import logging
+import math
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from .flow import FlowBackbone
 
 
 PATCH = 2
+SHIFTS = {"base_shift": 0.5, "max_shift": 1.15}  # of the scheduler, with the defaults that the pipeline takes
+
+logger = logging.getLogger(__name__)
 
 
 class FluxBackbone(FlowBackbone):
@@ -20,7 +26,7 @@ class FluxBackbone(FlowBackbone):
     Latents are pictures `(B, C, h, w)` here and are packed into tokens only where the transformer is called. In dev
     guidance is distilled into the weights: the strength that it is told, `embedded_guidance` here and `guidance_scale`
     in the pipeline, is a part of the condition, in rollouts, training and evaluation alike. `guidance_scale` is
-    guidance by a negative prompt, which the pipeline calls `true_cfg_scale` and which neither needs: leave it at 1.
+    guidance by a negative prompt, which the pipeline calls `true_cfg_scale` and which neither needs: set it to 1.
 
     The levels of dev depend on `image_size`.
     """
@@ -41,6 +47,8 @@ class FluxBackbone(FlowBackbone):
         "attn.to_add_out",
     )
 
+    _warned = False  # of guidance that is hardly meant
+
     @staticmethod
     def _embeds_guidance(pipeline: DiffusionPipeline) -> bool:
         return pipeline.transformer.config.guidance_embeds
@@ -48,9 +56,7 @@ class FluxBackbone(FlowBackbone):
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape `(C, h, w)` of the latent of an image; see [`~trl_dgpo.backbones.base.Backbone.latent_shape`]."""
         scale = self.pipeline.vae_scale_factor
-        for name, size in (("height", height), ("width", width)):
-            if size < PATCH * scale or size % (PATCH * scale):
-                raise ValueError(f"`{name}` is {size}; this model takes multiples of {PATCH * scale} pixels.")
+        self._check_size(height, width, PATCH * scale)
         return self.denoiser.config.in_channels // PATCH**2, height // scale, width // scale
 
     def pipeline_call(self, guidance_scale: float) -> dict[str, Any]:
@@ -61,6 +67,25 @@ class FluxBackbone(FlowBackbone):
         if guidance_scale > 1:  # without a negative prompt, be it an empty one, the pipeline does not guide
             arguments |= {"true_cfg_scale": guidance_scale, "negative_prompt": self.negative_prompt}
         return arguments
+
+    def _walk(self, sampler: str, sigmas: str, image_size: tuple[int, int] | None) -> tuple[float, SchedulerMixin]:
+        shift_factor, scheduler = super()._walk(sampler, sigmas, image_size)
+        if sigmas == "dpm":  # the pipeline always tells the scheduler a shift, which it works out from these
+            own, fixed = self.pipeline.scheduler.config, math.log(shift_factor)
+            dynamic = own.get("use_dynamic_shifting")
+            ends = {name: own.get(name, default) if dynamic else fixed for name, default in SHIFTS.items()}
+            scheduler.register_to_config(use_dynamic_shifting=True, **ends)
+        return shift_factor, scheduler
+
+    def _guided(self, conditioning: dict[str, Tensor], num_latents: int, guidance_scale: float) -> dict[str, Tensor]:
+        if guidance_scale > 1 and not self._warned:
+            self._warned = True
+            logger.warning(
+                "`guidance_scale` is %g: with FLUX.1 that is guidance by a negative prompt, at twice the cost, on top "
+                "of what these weights were distilled from. Set `sample_guidance_scale=1.0` if it is not meant.",
+                guidance_scale,
+            )
+        return super()._guided(conditioning, num_latents, guidance_scale)
 
     def _steps(self, num_steps: int) -> dict[str, Any]:
         steps = super()._steps(num_steps)
@@ -81,9 +106,7 @@ class FluxBackbone(FlowBackbone):
         if self._embeds_guidance(self.pipeline):
             guidance = torch.full((rows,), self.embedded_guidance, dtype=torch.float32, device=x_t.device)
         packed = self.pipeline._pack_latents(x_t, rows, channels, height, width)
-        positions = self.pipeline._prepare_latent_image_ids(
-            rows, height // PATCH, width // PATCH, x_t.device, hidden_states.dtype
-        )
+        positions = self._positions(height // PATCH, width // PATCH, x_t.device, hidden_states.dtype)
         velocity = model(
             hidden_states=packed,
             timestep=timestep.to(x_t.dtype) / 1000,
@@ -97,8 +120,7 @@ class FluxBackbone(FlowBackbone):
         scale = self.pipeline.vae_scale_factor
         return self.pipeline._unpack_latents(velocity, height * scale, width * scale, scale)
 
-    def _to_vae(self, latents: Tensor) -> Tensor:
-        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-
-    def _to_latents(self, encoded: Tensor) -> Tensor:
-        return (encoded - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+    @staticmethod
+    @functools.lru_cache(maxsize=16)
+    def _positions(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return FluxPipeline._prepare_latent_image_ids(1, height, width, device, dtype)  # built on the host: once

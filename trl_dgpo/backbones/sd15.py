@@ -18,15 +18,14 @@ class SD15Backbone(DDPMBackbone):
     ENCODERS = ("text_encoder",)
     TOKENIZERS = ("tokenizer",)
     CONDITIONING = ("encoder_hidden_states",)
+    LOADING = {"safety_checker": None, "requires_safety_checker": False}
     # Self- and cross-attention of every block.
     LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape `(C, h, w)` of the latent of an image; see [`~trl_dgpo.backbones.base.Backbone.latent_shape`]."""
         scale = self.pipeline.vae_scale_factor
-        for name, size in (("height", height), ("width", width)):
-            if size < scale or size % scale:
-                raise ValueError(f"`{name}` is {size}; this model takes multiples of {scale} pixels.")
+        self._check_size(height, width, scale)
         return self.denoiser.config.in_channels, height // scale, width // scale
 
     def _encode_row(self, prompt: str) -> dict[str, Tensor]:

@@ -78,11 +78,5 @@ class SD3Backbone(FlowBackbone):
     def _forward(self, model: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         return model(hidden_states=x_t, timestep=timestep, **conditioning, return_dict=False)[0]
 
-    def _to_vae(self, latents: Tensor) -> Tensor:
-        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-
-    def _to_latents(self, encoded: Tensor) -> Tensor:
-        return (encoded - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-
     def _blocks(self) -> Iterator[nn.Module]:
         return iter(self.denoiser.transformer_blocks)

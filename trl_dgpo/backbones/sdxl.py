@@ -1,5 +1,9 @@
 """Stable Diffusion XL: the only file that knows this family."""
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -30,39 +34,45 @@ class SDXLBackbone(SD15Backbone):
     def _encode_negative(self) -> dict[str, Tensor]:
         rows = super()._encode_negative()
         if not self.negative_prompt and self.pipeline.config.force_zeros_for_empty_prompt:
-            return {name: torch.zeros_like(tensor) for name, tensor in rows.items()}
+            rows = {name: torch.zeros_like(tensor) for name, tensor in rows.items()}
         return rows
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images of clean latents; see [`~trl_dgpo.backbones.base.Backbone.decode`]."""
+        with self._upcast():
+            return super().decode(x0)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Clean latents of images; see [`~trl_dgpo.backbones.base.Backbone.encode_images`]."""
+        with self._upcast():
+            return super().encode_images(images)
 
     def _forward(self, model: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         hidden_states, pooled = (conditioning[name] for name in self.CONDITIONING)
         height, width = (self.pipeline.vae_scale_factor * size for size in x_t.shape[-2:])
         # Original size, upper left corner of the crop, target size.
-        sizes = (height, width, 0, 0, height, width)
-        time_ids = torch.stack(
-            [torch.full((len(x_t),), size, dtype=pooled.dtype, device=x_t.device) for size in sizes], 1
-        )
+        time_ids = self._time_ids((height, width, 0, 0, height, width), pooled.dtype, x_t.device)
         return model(
             x_t,
             timestep,
             encoder_hidden_states=hidden_states,
-            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.expand(len(x_t), -1)},
             return_dict=False,
         )[0]
 
-    def _to_vae(self, latents: Tensor) -> Tensor:
-        mean, std = self._statistics(latents)
-        return latents * std / self.vae.config.scaling_factor + mean
+    @staticmethod
+    @functools.lru_cache(maxsize=16)
+    def _time_ids(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.tensor([sizes], dtype=dtype, device=device)  # once: from the host to the device
 
-    def _to_latents(self, encoded: Tensor) -> Tensor:
-        mean, std = self._statistics(encoded)
-        return (encoded - mean) * self.vae.config.scaling_factor / std
-
-    def _statistics(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Mean and deviation of the VAE's latents, which a few of SDXL's kin have (Playground 2.5)."""
-        config = self.vae.config
-        if config.get("latents_mean") is None or config.get("latents_std") is None:
-            return 0.0, 1.0
-        return tuple(
-            torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
+    @contextmanager
+    def _upcast(self) -> Iterator[None]:
+        """The VAE in float32 where it overflows in half precision and says so, as the pipeline has it."""
+        upcasts = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        try:
+            if upcasts:
+                self.vae.float()
+            yield
+        finally:
+            if upcasts:
+                self.vae.half()

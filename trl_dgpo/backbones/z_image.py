@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from .flow import FlowBackbone
@@ -17,7 +18,9 @@ class ZImageBackbone(FlowBackbone):
 
     Captions have as many rows as tokens; here they are filled up to `max_sequence_length`, and cut again where the
     transformer is called. It predicts from noise to data, with a time that runs from 0 to 1; both are turned round
-    here. `guidance_scale` is 1 without guidance, as for all families: the pipeline's own is smaller by one.
+    here. The pipeline itself tells its scheduler the levels, which only Euler's takes (`sampler="euler"`,
+    `sigmas="model"`). `guidance_scale` is 1 without guidance, as for all families: the pipeline's own is smaller by
+    one.
     """
 
     PIPELINE = "ZImagePipeline"
@@ -30,9 +33,7 @@ class ZImageBackbone(FlowBackbone):
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape `(C, h, w)` of the latent of an image; see [`~trl_dgpo.backbones.base.Backbone.latent_shape`]."""
         scale = self.pipeline.vae_scale_factor
-        for name, size in (("height", height), ("width", width)):
-            if size < PATCH * scale or size % (PATCH * scale):
-                raise ValueError(f"`{name}` is {size}; this model takes multiples of {PATCH * scale} pixels.")
+        self._check_size(height, width, PATCH * scale)
         return self.denoiser.config.in_channels, height // scale, width // scale
 
     def pipeline_call(self, guidance_scale: float) -> dict[str, Any]:
@@ -44,10 +45,16 @@ class ZImageBackbone(FlowBackbone):
         }
 
     def _steps(self, num_steps: int) -> dict[str, Any]:
-        steps = super()._steps(num_steps)
-        if not self.scheduler.config.get("use_flow_sigmas"):  # its own grid, as the pipeline asks for it
-            steps["sigmas"] = torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
-        return steps
+        return {**super()._steps(num_steps), "sigmas": torch.linspace(1.0, 1 / num_steps, num_steps).tolist()}
+
+    def _walk(self, sampler: str, sigmas: str, image_size: tuple[int, int] | None) -> tuple[float, SchedulerMixin]:
+        if sigmas == "dpm":
+            raise ValueError(
+                f"`sigmas` is 'dpm', and a {self.PIPELINE} tells its scheduler the levels, which DPM-Solver++ "
+                "does not take: no plain pipeline could draw what was trained. Take `sampler='euler'` and "
+                "`sigmas='model'`."
+            )
+        return super()._walk(sampler, sigmas, image_size)
 
     def _encode_row(self, prompt: str) -> dict[str, Tensor]:
         [rows], _ = self.pipeline.encode_prompt(
@@ -61,15 +68,10 @@ class ZImageBackbone(FlowBackbone):
         return {"encoder_hidden_states": filled, "num_tokens": torch.tensor(len(rows))}
 
     def _forward(self, model: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        captions = [rows[:number] for rows, number in zip(*conditioning.values(), strict=True)]
+        hidden_states, lengths = (conditioning[name] for name in self.CONDITIONING)
+        captions = [rows[:number] for rows, number in zip(hidden_states, lengths.tolist(), strict=True)]
         time = (1000 - timestep) / 1000
         predicted = model(list(x_t.to(self.denoiser.dtype).unsqueeze(2).unbind()), time, captions, return_dict=False)[
             0
         ]
         return -torch.stack([velocity.float() for velocity in predicted]).squeeze(2)
-
-    def _to_vae(self, latents: Tensor) -> Tensor:
-        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-
-    def _to_latents(self, encoded: Tensor) -> Tensor:
-        return (encoded - self.vae.config.shift_factor) * self.vae.config.scaling_factor

@@ -221,7 +221,8 @@ def _put_on(denoiser: Any, name: str, pipeline_class: type, lora: str, where: di
                 model = get_peft_model(denoiser, adapter.config)
             set_peft_model_state_dict(model, adapter.weights)
             return len(adapter.weights), len(get_peft_model_state_dict(model))
-        weights = pipeline_class.lora_state_dict(lora, **where)
+        blocks = {"unet_config": denoiser.config} if name == "unet" else {}  # to read other tools' names of them
+        weights = pipeline_class.lora_state_dict(lora, **blocks, **where)
         weights, alphas = weights if isinstance(weights, tuple) else (weights, None)  # a UNet's come apart
         given = [key for key in weights if key.startswith(f"{name}.") and not key.endswith(".alpha")]
         if not given:
