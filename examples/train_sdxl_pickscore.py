@@ -5,8 +5,9 @@ Raise a UNet's PickScore, or any reward, with DGPO: Stable Diffusion XL, and 1.5
     python examples/train_sdxl_pickscore.py --model stabilityai/stable-diffusion-xl-base-1.0 --prompts prompts.txt
 
 The small model draws signs without meaning, and PickScore's weights are 4 GB: there the reward is how red a picture
-is. On real weights this script has not been run yet; its settings are `recipes/sdxl_pickscore.yaml`. Every field of
-`DGPOConfig` is a flag too, and overrides the recipe.
+is. On real weights this script has not been run yet; its settings are `recipes/sdxl_pickscore.yaml` but
+for model, prompts, rewards and LoRA, which are this script's. Every field of `DGPOConfig` is a flag too, and overrides
+the recipe.
 """
 
 import os
@@ -44,7 +45,7 @@ class ScriptArguments:
         default=None, metadata={"help": "File of training prompts, one a line; GenEval's kind if not given."}
     )
     num_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts."})
-    tiny_steps: int = field(default=300, metadata={"help": "Optimiser steps in which the small UNet is made."})
+    tiny_steps: int = field(default=300, metadata={"help": "Optimiser steps in which the small UNet is made, once."})
 
 
 def redness(images, **kwargs) -> list[float]:

@@ -130,17 +130,19 @@ AUTHORS = {
 }
 # Of other papers, or ours.
 OTHERS = {"sd35_gpo", "sd35_flow_grpo", "sd35_diffusion_dpo", "sd35_pickapic", "sd35_tdm_r1"}
-OTHERS |= {"sdxl_pickscore", "flux_pickscore"}
+OTHERS |= {"sdxl_pickscore", "flux_pickscore", "z_image_pickscore"}
 # Of the comparison's search: method and schedule.
 COMPARED = {"tiny_flow_grpo": ("flow_grpo", "short"), "tiny_diffusion_dpo": ("online_dpo", "short")}
 # What the recipe leaves to the command line.
-REST = dict.fromkeys(("sd35_pickscore", "sdxl_pickscore", "flux_pickscore"), ("--dataset_name", "prompts.txt"))
+PICKSCORE = ("sd35_pickscore", "sdxl_pickscore", "flux_pickscore", "z_image_pickscore")
+REST = dict.fromkeys(PICKSCORE, ("--dataset_name", "prompts.txt"))
 # By the first part of a recipe's name.
 MODELS = {
     "tiny": "tiny",
     "sd35": "stabilityai/stable-diffusion-3.5-medium",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "flux": "black-forest-labs/FLUX.1-dev",
+    "z": "Tongyi-MAI/Z-Image-Turbo",
 }
 
 
@@ -193,6 +195,7 @@ def test_rounds_and_levels_are_those_of_the_authors():
         "tiny_diffusion_dpo": 72,
         "sdxl_pickscore": 192,
         "flux_pickscore": 192,
+        "z_image_pickscore": 192,
         "tiny_sdxl": 32,
         "tiny_tdm_r1": 72,
     }
