@@ -41,7 +41,7 @@ TDM_R1 = {
     "fake_learning_rate": 1e-3,
     "surrogate_learning_rate": 2e-3,
     "beta": 10.0,
-    "reward_weight": 1.0,
+    "reward_weight": 0.7,
     "divergence_limit": None,
     "reward_guidance_scale": 1.0,  # guidance alone nearly solves this task, which would hide what the reward does
     "distill_guidance_scale": 1.0,
