@@ -13,7 +13,6 @@ It writes its part of `docs/few_steps.md`, and `docs/few_steps.png`.
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -179,7 +178,8 @@ def write_page(taken: list[Run], output: Path, failures: list[str], guided: floa
         for name, (_, config) in NAMES.items()
     )
     common = ", ".join(f"`{field}={value}`" for field, value in COMMON.items() if field not in TDM_R1)
-    commit = json.loads(taken[0].file(output).read_text())["commit"]
+    done = [result for run in taken if (result := run.result(output)) is not None]
+    commits = ", ".join(dict.fromkeys(result["commit"] for result in done))
     written = f"""
 Before training and on the way through {BUDGET:.0f} CPU seconds of one thread; *after* is the mean of the last two
 evaluations:
@@ -207,7 +207,7 @@ What became of the pictures, means over seeds: accuracy on texts of other kinds,
 
 Common to all: {common}.
 
-`python benchmarks/tdm_r1.py`, {about["date"]}, commit {commit}; {about["cpu"]}, one thread a run; {versions}.
+`python benchmarks/tdm_r1.py`, {about["date"]}, commit {commits}; {about["cpu"]}, one thread a run; {versions}.
 
 """
     before, _, rest = PAGE.read_text().partition(BEGIN)
