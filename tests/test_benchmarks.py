@@ -29,6 +29,7 @@ import rewards  # noqa: E402
 import rounds  # noqa: E402
 import runs  # noqa: E402
 import step_cost  # noqa: E402
+import tdm_r1  # noqa: E402
 
 
 TINY = {"resolution": 32, "max_sequence_length": 4, "num_generations": 4, "num_train_timesteps": 2}
@@ -668,3 +669,28 @@ def test_the_readme_says_what_the_results_do():
     for _, *seconds, accuracy in rows:
         assert f"| {' | '.join(seconds)} |" in page
         assert f"| {accuracy} |" in page
+
+
+def test_a_students_runs_differ_by_their_method_alone(tmp_path):
+    taken = tdm_r1.runs_of(tdm_r1.SEEDS, budget=1.0, marks=2)
+    assert [(run.name, run.seed) for run in taken] == [
+        *((name, seed) for seed in tdm_r1.SEEDS for name in tdm_r1.NAMES),
+        (tdm_r1.CONTROL, tdm_r1.SEEDS[0]),
+    ]
+    for run in taken:
+        config = runs.configuration(run, str(tmp_path))
+        assert (config.sample_num_steps, config.eval_num_steps, config.eval_guidance_scale) == (4, 4, 1.0)
+        assert config.prompts_per_round * config.num_generations == 72
+    assert taken[-1].config["surrogate_learning_rate"] == 0
+
+
+def test_a_students_table_is_of_the_last_two_evaluations(tmp_path):
+    (run, *_) = tdm_r1.runs_of((1,), budget=1.0, marks=3)
+    numbers = {"steps": 6, "images": 72, "forwards": 1500, "cpu_s": 1.0, "wall_s": 1.0}
+    marks = [{"ocr": ocr, "exact": ocr / 2, **numbers} for ocr in (0.5, 0.4, 0.6, 0.8)]
+    runs.write_json(run.file(tmp_path), {"marks": marks, "base": {}, "end": {}, "commit": "c"})
+    (row,) = tdm_r1.rows_of([run], tmp_path)
+    assert row["gain"] == pytest.approx(0.2)
+    assert "| TDM-R1 | 1 | 0.500 | 0.400 0.600 0.800 | 0.700 | +0.200 | 0.25 to 0.35 |" in tdm_r1.table([row])
+    page = tdm_r1.PAGE.read_text()
+    assert page.index(tdm_r1.BEGIN) < page.index(tdm_r1.END)

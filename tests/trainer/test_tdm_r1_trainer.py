@@ -483,6 +483,7 @@ def test_a_checkpoint_that_lacks_one_of_them(tmp_path):
         long_trainer(tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
 
 
+@pytest.mark.slow
 def test_the_fake_score_learns_what_the_student_draws(tmp_path):
     config = {"fake_learning_rate": 1e-2, "learning_rate": 1e-9, "surrogate_learning_rate": 1e-9, "max_steps": 60}
     trainer = tdm_trainer(tmp_path, num_train_timesteps=4, fake_kl_coef=0.0, lora={**LORA, "r": 16}, **config)
