@@ -675,13 +675,14 @@ def test_a_students_runs_differ_by_their_method_alone(tmp_path):
     taken = tdm_r1.runs_of(tdm_r1.SEEDS, budget=1.0, marks=2)
     assert [(run.name, run.seed) for run in taken] == [
         *((name, seed) for seed in tdm_r1.SEEDS for name in tdm_r1.NAMES),
-        (tdm_r1.CONTROL, tdm_r1.SEEDS[0]),
+        *((name, tdm_r1.SEEDS[0]) for name in tdm_r1.CONTROLS),
     ]
     for run in taken:
         config = runs.configuration(run, str(tmp_path))
         assert (config.sample_num_steps, config.eval_num_steps, config.eval_guidance_scale) == (4, 4, 1.0)
         assert config.prompts_per_round * config.num_generations == 72
-    assert taken[-1].config["surrogate_learning_rate"] == 0
+    learning = [run.config.get("surrogate_learning_rate") != 0 for run in taken]
+    assert learning == [run.name not in tdm_r1.CONTROLS for run in taken]
 
 
 def test_a_students_table_is_of_the_last_two_evaluations(tmp_path):
