@@ -49,6 +49,8 @@ TDM_R1 = {
     "per_device_train_batch_size": 36,
     "num_train_timesteps": 2,
     "t_min": 0.45,
+    "reward_t_min": 0.45,
+    "scale_rewards": "group",
     "learning_rate": 2e-3,
     "fake_learning_rate": 5e-3,
     "surrogate_learning_rate": 2e-3,

@@ -696,6 +696,10 @@ def test_a_student_moves_in_three_directions():
     close(found["kl"].scale, [2.25])
     close(found["cfg"].scale, [2.25])
     close(found["reward"].scale, [1.0])
+    # the surrogate may be asked elsewhere, and the base with it
+    elsewhere = revisions(x0, base, fake, surrogate=surrogate, surrogate_base=f64(0, 1, 5, 1)[None])
+    close(elsewhere["reward"].direction, [[1, 0, 0, 0]])
+    close(elsewhere["reward"].scale, [1.0])
     # without guidance and surrogate: one direction, measured by the base itself
     found = revisions(x0, base, fake)
     assert found.keys() == {"kl"}

@@ -554,13 +554,14 @@ def revisions(
     base_negative: Tensor | None = None,
     guidance_scale: float = 1.0,
     surrogate: Tensor | None = None,
+    surrogate_base: Tensor | None = None,
 ) -> dict[str, Revision]:
     r"""
     In which directions TDM-R1 ([2603.07700](https://huggingface.co/papers/2603.07700)) moves the clean latents that a
     few-step student predicts.
 
     All are clean latents: \\( \hat x_0 \\) the student's, the others those that a model predicts where the student's
-    step led, noised on.
+    step led, noised on; for the surrogate and the base beside it that may be another noise at another level.
 
     - `"kl"`: \\( \hat x^{\mathrm{base}} - \hat x^{\mathrm{fake}} \\), from what the student draws to what the base
       would, where the fake score has learned what the student draws;
@@ -583,6 +584,8 @@ def revisions(
             \\( w \\).
         surrogate (`torch.Tensor` of shape `(B, ...)`, *optional*):
             The surrogate's, guided where its guidance is wanted too; without it there is no `"reward"`.
+        surrogate_base (`torch.Tensor` of shape `(B, ...)`, *optional*):
+            The base's without guidance, where the surrogate's is taken; `base` if not given.
 
     Returns:
         `dict[str, Revision]`, by the names above.
@@ -595,7 +598,8 @@ def revisions(
     if base_negative is not None:
         directions["cfg"] = Revision(guided - base, scale)
     if surrogate is not None:
-        directions["reward"] = Revision(surrogate - base, _mean_distance(x0, surrogate))
+        there = base if surrogate_base is None else surrogate_base
+        directions["reward"] = Revision(surrogate - there, _mean_distance(x0, surrogate))
     return directions
 
 

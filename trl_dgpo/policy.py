@@ -417,8 +417,9 @@ class Policy:
         if start.scaling not in (None, scaling):
             raise ValueError(
                 f"The adapter acts with the factor {max(start.scaling.values())}, its configuration says "
-                f"{max(scaling.values())}: its weight was set. Training goes on from weight 1 "
-                "(`pipeline.set_adapters(name, 1.0)`)."
+                f"{max(scaling.values())}: its weight was set. Training goes on from weight 1. If that weight was not "
+                "meant, undo it (`pipeline.set_adapters(name, 1.0)`); if it was, multiply the `lora_B` weights by it, "
+                "and load them with weight 1."
             )
         set_peft_model_state_dict(self.model, start.weights, adapter_name=_POLICY)
 

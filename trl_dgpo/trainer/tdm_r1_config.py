@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from .dgpo_config import DGPOConfig
 
 
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 ROLES = ("fake", "surrogate", "student")  # in the order in which an update trains them
 
 
@@ -43,11 +44,19 @@ class TDMR1Config(DGPOConfig):
 
         num_train_timesteps (`int`, *optional*, defaults to `2`):
             Steps of a rollout that each of the three learns from in a pass, drawn without replacement, for all images
-            alike: uniformly for fake score and student, and with weights 1, 2, ... for the surrogate.
+            alike: uniformly for fake score and student, and for the surrogate with weights 1, 2, ... and with
+            replacement. The authors draw them for each micro-batch, a dozen or so an update: with few, much of what an
+            update learns is the draw's, and their learning rates may be too high.
         t_min (`float`, *optional*, defaults to `0.125`):
-            Smallest level, before the shift, to which latents are noised on, see
-            [`~trl_dgpo.noising.renoising_level`]: 300 of 1000 after a shift of 3 (250 and 400, in the authors' other
-            runs, are 0.1 and 0.1818).
+            Smallest level, before the shift, to which latents are noised on for the surrogate to learn from, see
+            [`~trl_dgpo.noising.renoising_level`]: 300 of 1000 after a shift of 3 (550, in the authors' other runs, is
+            0.2895). The fake score learns at all levels.
+        reward_t_min (`float`, *optional*, defaults to `0.125`):
+            The same where the student learns from the surrogate (300; 250 and 400, in the authors' other runs, are 0.1
+            and 0.1818). For the rest it is asked at all levels.
+
+        scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
+            The deviation of the whole round.
 
         > Parameters that control the fake score
 
@@ -95,7 +104,7 @@ class TDMR1Config(DGPOConfig):
             less is none.
         distill_guidance_scale (`float`, *optional*, defaults to `4.5`):
             Guidance of the base that the student learns. 1 or less is none.
-        ema_every (`int`, *optional*, defaults to `8`):
+        ema_every (`int`, *optional*, defaults to `1`):
             Steps of the student between two moves of its `ema`.
 
         > Parameters that control the updates
@@ -130,6 +139,12 @@ class TDMR1Config(DGPOConfig):
     t_min: float = field(
         default=0.125, metadata={"help": "Smallest level before the shift that latents are noised on to."}
     )
+    reward_t_min: float = field(
+        default=0.125, metadata={"help": "The same where the student learns from the surrogate."}
+    )
+    scale_rewards: str = field(
+        default="batch", metadata={"help": "What advantages are divided by: 'group', 'batch', 'none' or 'sign'."}
+    )
     fake_learning_rate: float = field(default=3e-4, metadata={"help": "The fake score's peak learning rate."})
     fake_adam_beta1: float = field(default=0.0, metadata={"help": "The fake score's beta1 of AdamW."})
     fake_kl_coef: float = field(
@@ -159,7 +174,7 @@ class TDMR1Config(DGPOConfig):
     distill_guidance_scale: float = field(
         default=4.5, metadata={"help": "Guidance of the base that the student learns."}
     )
-    ema_every: int = field(default=8, metadata={"help": "Steps of the student between two moves of its `ema`."})
+    ema_every: int = field(default=1, metadata={"help": "Steps of the student between two moves of its `ema`."})
 
     _fixed = {
         "sampler": "a student's step is one along one velocity",
@@ -228,11 +243,18 @@ class TDMR1Config(DGPOConfig):
                 "the rewards."
             )
         optim = str(getattr(self.optim, "value", self.optim))
-        if "adamw" not in optim:
+        if optim not in _OPTIMIZERS:
             raise ValueError(
-                f"`optim` is {optim!r}; each of the three adapters has its own beta1, which is AdamW's. Take "
-                "'adamw_torch_fused', 'adamw_bnb_8bit' or another AdamW."
+                f"`optim` is {optim!r}; each of the three adapters has its own beta1, and passes when it is not its "
+                f"turn. Take one of {', '.join(map(repr, _OPTIMIZERS))}."
             )
+        if self.ddp_find_unused_parameters is False:
+            raise ValueError(
+                "`ddp_find_unused_parameters` is False; one of three adapters takes part in a backward, and DDP would "
+                "wait for the others. Leave it unset."
+            )
+        if not 0 <= self.reward_t_min < 1:
+            raise ValueError(f"`reward_t_min` is {self.reward_t_min}; it is a level and must be in [0, 1).")
 
     def _check_rollouts(self) -> None:
         super()._check_rollouts()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbones import to_device
 from ..backbones.flow import FlowBackbone
 from ..losses import Revision, clip_drifted, denoising_error, group_mean, revision_error, revisions
 from ..noising import flow_clean, flow_renoise, flow_renoise_target, flow_velocity, renoising_level
@@ -41,10 +42,12 @@ class TDMR1Trainer(DGPOTrainer):
     in it: AdamW passes over them, and neither weights nor moments move.
 
     Departures from the authors' code: a level, and the step of the rollout that it is drawn for, is shared by all
-    images of a pass, there by those of a micro-batch; the second clip of the surrogate looks at each sample's own
-    divergence ([`~trl_dgpo.losses.clip_drifted`]); the student's latents of the rollout itself, kept in float32, are
-    what is noised on, so that the round needs no second forward for them; a sample whose reward failed is masked for
-    all three.
+    images of a pass, there by those of a micro-batch, so that an update there sees more of them; fake score and
+    student draw theirs apart; the three learn one after the other, there the student from what the others were before
+    the update; rollouts step by Euler, there by DPM-Solver++; the second clip of the surrogate looks at each sample's
+    own divergence ([`~trl_dgpo.losses.clip_drifted`]); the student's latents of the rollout itself, kept in float32,
+    are what is noised on, without a second forward, so that with several updates a round they are those of the student
+    that drew them; a sample whose reward failed is masked for all three.
 
     Args: as [`DGPOTrainer`], with `args` a [`TDMR1Config`]. Without a `peft_config` the LoRAs have rank 32 and alpha
     64. `optimizers` cannot be given.
@@ -152,17 +155,25 @@ class TDMR1Trainer(DGPOTrainer):
         weights = torch.ones(count)
         if self._role == "surrogate":
             weights = weights.cumsum(0)
-        return torch.multinomial(weights, self.args.num_train_timesteps, generator=stream).tolist()
+        again = self._role == "surrogate"
+        return torch.multinomial(weights, self.args.num_train_timesteps, again, generator=stream).tolist()
 
     def _draw_levels(self, round: int, iteration: int) -> list[float]:
-        stream = generator(self.args.seed, "levels", self._role, round, iteration)
+        # The fake score must know all levels at which it is asked, and the student asks at all.
+        return self._renoising_levels(
+            self._role, self.args.t_min if self._role == "surrogate" else 0.0, round, iteration
+        )
+
+    def _renoising_levels(self, name: str, t_min: float, round: int, iteration: int) -> list[float]:
+        """A level for each step of a pass, to which what the step led to is noised on."""
+        stream = generator(self.args.seed, "levels", name, round, iteration)
         return [
-            self._level(step, torch.rand((), generator=stream).item()) for step in self._draw_steps(round, iteration)
+            self._level(step, torch.rand((), generator=stream).item(), t_min)
+            for step in self._draw_steps(round, iteration)
         ]
 
-    def _level(self, step: int, uniform: float) -> float:
-        """A level to which what a step led to is noised on."""
-        return renoising_level(uniform, self._edges[step + 1], self.args.t_min, self.backbone.shift_factor)
+    def _level(self, step: int, uniform: float, t_min: float) -> float:
+        return renoising_level(uniform, self._edges[step + 1], t_min, self.backbone.shift_factor)
 
     def _noise(self, rollout: Rollout, key: tuple) -> Tensor:
         return super()._noise(rollout, (self._role, *key))
@@ -170,7 +181,18 @@ class TDMR1Trainer(DGPOTrainer):
     def _part(self, round: int, iteration: int, update: int) -> _StepsPart:
         part = super()._part(round, iteration, update)
         fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-        return _StepsPart(**fields, steps=self._draw_steps(round, iteration))
+        sigmas, noise = [], []
+        if self._role == "student":
+            sigmas = self._renoising_levels("reward", self.args.reward_t_min, round, iteration)
+            noise = [self._reward_noise(part.rollout, (round, iteration, level)) for level in range(len(sigmas))]
+        steps = self._draw_steps(round, iteration)
+        return _StepsPart(**fields, steps=steps, reward_sigmas=sigmas, reward_noise=noise)
+
+    def _reward_noise(self, rollout: Rollout, key: tuple[int, int, int]) -> Tensor:
+        """Noise with which the surrogate is asked, one draw a group, as it learned."""
+        return to_device(
+            self._draw(("noise", "reward", *key), [(group,) for group in rollout.groups.tolist()]), self.args.device
+        )
 
     def _learned_from(self, rollout: Rollout) -> Tensor:
         # What the others learn needs no preference.
@@ -226,7 +248,14 @@ class TDMR1Trainer(DGPOTrainer):
             directions = self._directions(part)
         elif self.args.fake_kl_coef:
             _, base_predictions = self._no_grad_pass(self.policy.using("base"), part, keep=True)
-        return _FixedDirections(None, None, base_predictions, None, None, directions)
+        return _FixedDirections(
+            reference_errors=None,
+            old_errors=None,
+            base_predictions=base_predictions,
+            scores=None,
+            objectives=None,
+            directions=directions,
+        )
 
     def _directions(self, part: _StepsPart) -> list[dict[str, Revision]]:
         """Of each level, where the student's clean latents should move."""
@@ -247,32 +276,35 @@ class TDMR1Trainer(DGPOTrainer):
         return found
 
     def _revisions(self, part: _StepsPart, rows: slice | Tensor, level: int) -> dict[str, Revision]:
-        args, sigma = self.args, part.sigmas[level]
-        x_t, _ = self._renoised(part, rows, level)
-        conditioning = self._conditioned(part, rows)
+        args, step, conditioning = self.args, part.steps[level], self._conditioned(part, rows)
 
-        def clean(velocity: Tensor) -> Tensor:
+        def clean(view: str, x_t: Tensor, sigma: float, guidance_scale: float = 1.0) -> Tensor:
+            with self.policy.using(view), self.accelerator.autocast():
+                velocity = self.backbone.predict(x_t, sigma, conditioning, guidance_scale=guidance_scale)
             return flow_clean(x_t, velocity.float(), sigma)
 
-        def predict(view: str, guidance_scale: float = 1.0) -> Tensor:
-            with self.policy.using(view), self.accelerator.autocast():
-                return self.backbone.predict(x_t, sigma, conditioning, guidance_scale=guidance_scale)
-
-        base_negative = surrogate = None
+        (x_t, _), sigma = self._renoised(part, rows, level), part.sigmas[level]
+        base_negative = surrogate = surrogate_base = None
         if args.distill_guidance_scale > 1:
             with self.policy.using("base"), self.accelerator.autocast():
-                base_negative, base = map(clean, self.backbone.predict_sides(x_t, sigma, conditioning))
+                sides = self.backbone.predict_sides(x_t, sigma, conditioning)
+            base_negative, base = (flow_clean(x_t, velocity.float(), sigma) for velocity in sides)
         else:
-            base = clean(predict("base"))
-        if "reward" in self._weights(part.steps[level]):
-            surrogate = clean(predict("surrogate", args.reward_guidance_scale))
+            base = clean("base", x_t, sigma)
+        fake = clean("fake", x_t, sigma)
+        if "reward" in self._weights(step):
+            sigma, noise = part.reward_sigmas[level], part.reward_noise[level][part.group_index[rows]]
+            x_t = flow_renoise(part.rollout.latents[rows, step + 1], noise, self._edges[step + 1], sigma)
+            surrogate = clean("surrogate", x_t, sigma, args.reward_guidance_scale)
+            surrogate_base = clean("base", x_t, sigma)
         return revisions(
             self._student_x0(part, rows, level),
             base,
-            clean(predict("fake")),
+            fake,
             base_negative=base_negative,
             guidance_scale=args.distill_guidance_scale,
             surrogate=surrogate,
+            surrogate_base=surrogate_base,
         )
 
     def _weights(self, step: int) -> dict[str, float]:
@@ -347,7 +379,8 @@ class TDMR1Trainer(DGPOTrainer):
         return start
 
     def _train_levels(self, args: TDMR1Config) -> Tensor:
-        self._level(0, 0.0)  # the noisiest, above which there may be nothing left
+        for t_min in (args.t_min, args.reward_t_min):
+            self._level(0, 0.0, t_min)  # of the noisiest, above which there may be nothing left
         return torch.tensor(self._edges)
 
     def _views(self, args: TDMR1Config) -> tuple[str, ...]:
@@ -356,9 +389,11 @@ class TDMR1Trainer(DGPOTrainer):
 
 @dataclass(frozen=True)
 class _StepsPart(Part):
-    """A part and which of the student's steps each of its levels is drawn for."""
+    """A part, which of the student's steps each of its levels is drawn for, and where the surrogate is asked."""
 
     steps: list[int]
+    reward_sigmas: list[float]
+    reward_noise: list[Tensor]  # of each, one draw a group
 
 
 @dataclass(frozen=True)
