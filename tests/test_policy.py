@@ -740,3 +740,12 @@ def test_companions_are_saved_and_never_exported(tmp_path):
 def test_companions_need_an_adapter_to_be_like():
     with pytest.raises(ValueError, match=r"The companions \('fake',\) are adapters, and the whole transformer"):
         Policy(transformer(), None, companions=("fake",))
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "corda"])
+def test_a_start_that_changes_the_base_is_refused(kind):
+    model = transformer()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"`init_lora_weights` is '{kind}', which takes a part of the frozen"):
+        Policy(model, lora(init_lora_weights=kind))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -48,6 +48,7 @@ _PREFIX = "base_model.model."  # of a PeftModel's weights, before the transforme
 _CONFIG_FILE = "adapter_config.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
 _WEIGHTS_FILE = "weights.safetensors"
+_TAKES_FROM_BASE = ("pissa", "corda", "loftq")  # starts of a LoRA
 _MERGEABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -194,8 +195,8 @@ class Policy:
 
     Raises:
         `ValueError`: if the transformer still carries an adapter, if `start` does not fit, if companions have no
-            adapter to be like, or if the whole transformer is to be trained in half precision, where small steps round
-            to nothing.
+            adapter to be like, if the LoRA's start would change the frozen weights, or if the whole transformer is to
+            be trained in half precision, where small steps round to nothing.
     """
 
     def __init__(
@@ -232,6 +233,12 @@ class Policy:
             self.model = transformer
             self._views = _Copies(transformer)
         else:
+            kind = getattr(peft_config, "init_lora_weights", None)
+            if isinstance(kind, str) and kind.startswith(_TAKES_FROM_BASE):
+                raise ValueError(
+                    f"`init_lora_weights` is {kind!r}, which takes a part of the frozen weights into the adapter: "
+                    "switched off, that would leave another model than the one before training. Take 'gaussian'."
+                )
             transformer.requires_grad_(False)
             # A base in bfloat16 still gets float32 adapters: PEFT's autocast_adapter_dtype.
             self.model = get_peft_model(transformer, peft_config, adapter_name=_POLICY)
