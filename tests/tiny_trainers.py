@@ -1,6 +1,9 @@
 """Trainers on the random tiny pipeline: rounds of seconds, and the ways that tests look into them."""
 
 import gc
+import os
+import subprocess
+import sys
 
 import torch
 from datasets import Dataset
@@ -140,3 +143,14 @@ class Interrupt(TrainerCallback):
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt
+
+
+def run_in_two_processes(script: str, *arguments) -> None:
+    """What a test file does as a script, in two processes of one machine without a GPU."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -241,7 +241,7 @@ def test_the_tiny_tdm_r1_is_the_benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES.parent / "benchmarks")
     benchmark, runs = (importlib.import_module(module) for module in ("tdm_r1", "runs"))
     _, args, model = read("tiny_tdm_r1")
-    expected = runs.COMMON | benchmark.TDM_R1
+    expected = runs.COMMON | benchmark.GUIDED
     assert {field: getattr(args, field) for field in expected} == expected
     assert (model.lora_r, model.lora_alpha) == runs.Run("", "", 0.0, 0.0).lora
 

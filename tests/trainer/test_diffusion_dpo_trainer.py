@@ -3,7 +3,6 @@
 import io
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tiny_trainers import (
     everything,
     relative_error,
     rewards_by_position,
+    run_in_two_processes,
     same,
     scramble,
     tiny_trainer,
@@ -211,13 +211,7 @@ def of_a_split(directory, groups, batch, selection):
 
 @pytest.mark.slow
 def test_processes_that_share_a_group_have_the_gradient_of_one(tmp_path):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two_processes(__file__, tmp_path)
     for number, (groups, _, selection) in enumerate(SHARED):
         whole, whole_log = of_a_split(tmp_path, groups, 4 * groups, selection)
         for rank in range(2):

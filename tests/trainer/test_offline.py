@@ -9,7 +9,6 @@ import gc
 import io
 import json
 import os
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -26,6 +25,7 @@ from tiny_trainers import (
     everything,
     prompt_dataset,
     relative_error,
+    run_in_two_processes,
     same,
     scramble,
     tiny_trainer,
@@ -374,13 +374,7 @@ def test_collecting_needs_prompts_and_rounds(tmp_path, saved):
 @pytest.mark.slow
 def test_two_processes_collect_and_learn_what_one_does(tmp_path, saved):
     saved.save_to_disk(tmp_path / "set")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two_processes(__file__, tmp_path)
     _, expected = train(tmp_path / "one", train_dataset=saved, reward_funcs=None)
     assert relative_error(torch.load(tmp_path / "gradient.pt"), expected) < 1e-5
     read = json.loads((tmp_path / "read.json").read_text())

@@ -1,7 +1,6 @@
 """TDM-R1: three adapters on one frozen model, each learning in its turn what the definition says."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tiny_trainers import (
     prompt_dataset,
     relative_error,
     rewards_by_position,
+    run_in_two_processes,
     same,
     scramble,
     tiny_config,
@@ -659,13 +659,7 @@ def of_a_split(directory, groups, batch):
 
 @pytest.mark.slow
 def test_processes_that_share_a_group_have_the_gradients_of_one(tmp_path):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two_processes(__file__, tmp_path)
     for number, (groups, _) in enumerate(SHARED):
         whole, losses = of_a_split(tmp_path, groups, 4 * groups)
         for rank in range(2):
