@@ -19,9 +19,9 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tiny_models import CHARACTERS, TEXT_LENGTH, _clip_encoder, _clip_tokenizer, _t5_encoder, _t5_tokenizer
+from tiny_models import CHARACTERS, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+from transformers import CLIPTextModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -32,8 +32,8 @@ def tiny_sd15(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
         unet=_unet(),
         scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type),
         vae=_vae(scaling_factor=0.18215),
-        text_encoder=_clip_text_model(),
-        tokenizer=_clip_tokenizer(),
+        text_encoder=clip_encoder(CLIPTextModel),
+        tokenizer=clip_tokenizer(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -50,10 +50,10 @@ def tiny_sdxl() -> StableDiffusionXLPipeline:
         ),
         scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading"),
         vae=_vae(scaling_factor=0.13025),
-        text_encoder=_clip_text_model(),
-        tokenizer=_clip_tokenizer(),
-        text_encoder_2=_clip_encoder(),
-        tokenizer_2=_clip_tokenizer(),
+        text_encoder=clip_encoder(CLIPTextModel),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_encoder(),
+        tokenizer_2=clip_tokenizer(),
         add_watermarker=False,
     )
 
@@ -77,10 +77,10 @@ def tiny_flux(guidance_embeds: bool = True) -> FluxPipeline:
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(**shift if guidance_embeds else {"shift": 1.0}),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
-        text_encoder=_clip_text_model(),
-        tokenizer=_clip_tokenizer(),
-        text_encoder_2=_t5_encoder(),
-        tokenizer_2=_t5_tokenizer(),
+        text_encoder=clip_encoder(CLIPTextModel),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5_encoder(),
+        tokenizer_2=t5_tokenizer(),
     )
 
 
@@ -151,22 +151,6 @@ def _vae(**config) -> AutoencoderKL:
         mid_block_add_attention=False,
         **config,
     ).eval()
-
-
-def _clip_text_model() -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=2 * len(CHARACTERS) + 2,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH,
-        initializer_factor=6.0,  # at 1.0 all prompts look alike
-        bos_token_id=2 * len(CHARACTERS),
-        eos_token_id=2 * len(CHARACTERS) + 1,
-        pad_token_id=2 * len(CHARACTERS) + 1,
-    )
-    return CLIPTextModel(config).eval()
 
 
 def _qwen_encoder() -> Qwen3Model:

@@ -16,6 +16,7 @@ from diffusers import (
 )
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -49,12 +50,12 @@ def tiny_random_pipeline(
             transformer=_transformer(sd35),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=_vae(),
-            text_encoder=_clip_encoder(),
-            tokenizer=_clip_tokenizer(),
-            text_encoder_2=_clip_encoder(),
-            tokenizer_2=_clip_tokenizer(),
-            text_encoder_3=_t5_encoder() if third_text_encoder else None,
-            tokenizer_3=_t5_tokenizer() if third_text_encoder else None,
+            text_encoder=clip_encoder(),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=clip_encoder(),
+            tokenizer_2=clip_tokenizer(),
+            text_encoder_3=t5_encoder() if third_text_encoder else None,
+            tokenizer_3=t5_tokenizer() if third_text_encoder else None,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -96,7 +97,7 @@ def _vae() -> AutoencoderKL:
     return vae.eval()
 
 
-def _clip_encoder() -> CLIPTextModelWithProjection:
+def clip_encoder(model_class: type[CLIPTextModel] = CLIPTextModelWithProjection) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=2 * len(CHARACTERS) + 2,
         hidden_size=8,
@@ -110,19 +111,19 @@ def _clip_encoder() -> CLIPTextModelWithProjection:
         eos_token_id=2 * len(CHARACTERS) + 1,
         pad_token_id=2 * len(CHARACTERS) + 1,
     )
-    return CLIPTextModelWithProjection(config).eval()
+    return model_class(config).eval()
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer() -> CLIPTokenizer:
     tokens = [*CHARACTERS, *(c + "</w>" for c in CHARACTERS), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=TEXT_LENGTH)
 
 
-def _t5_encoder() -> T5EncoderModel:
+def t5_encoder() -> T5EncoderModel:
     config = T5Config(vocab_size=len(CHARACTERS) + 4, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return T5EncoderModel(config).eval()
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5Tokenizer:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     return T5Tokenizer(vocab=special + [(c, -3.0) for c in CHARACTERS], extra_ids=0)

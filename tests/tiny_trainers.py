@@ -145,8 +145,8 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def run_in_two_processes(script: str, *arguments) -> None:
-    """What a test file does as a script, in two processes of one machine without a GPU."""
+def run_in_two_processes(script: str, *arguments) -> str:
+    """What a test file does as a script, in two processes of one machine without a GPU; returns what they told."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
@@ -154,3 +154,4 @@ def run_in_two_processes(script: str, *arguments) -> None:
         [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr

@@ -134,9 +134,11 @@ def test_guidance_and_the_negative_prompt_are_felt(name):
         other = grey.predict(x_t, 0.5, grey.encode(PROMPTS), guidance_scale=3.0)
         negative = {key: row.expand(2, *row.shape[1:]) for key, row in backbone.negative().items()}
         away = backbone.predict(x_t, 0.5, negative)
+        sides = backbone.predict_sides(x_t, 0.5, backbone.encode(PROMPTS))
     assert not torch.allclose(guided, plain, atol=1e-3)
     assert not torch.allclose(guided, other, atol=1e-3)
     torch.testing.assert_close(guided, away + 3.0 * (plain - away), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(sides, (away, plain), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "grid"), WALKED)

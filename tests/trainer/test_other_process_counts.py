@@ -1,8 +1,6 @@
 """From a checkpoint at a round's end any number of processes goes on alike: one, then two, then one again."""
 
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,15 +27,10 @@ CONFIG = {
 
 @pytest.mark.slow
 def test_one_goes_on_as_two_and_two_as_one(tmp_path, caplog):
-    from tiny_trainers import relative_error, same
+    from tiny_trainers import relative_error, run_in_two_processes, same
 
     whole = run(tmp_path / "whole")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, __file__, str(tmp_path / "two"), str(tmp_path / "whole" / f"checkpoint-{ROUND}")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    told = run_in_two_processes(__file__, tmp_path / "two", tmp_path / "whole" / f"checkpoint-{ROUND}")
     first, second = (torch.load(tmp_path / f"two.{rank}.pt", weights_only=True) for rank in (0, 1))
     with caplog.at_level(logging.WARNING):
         one_again = run(tmp_path / "again", tmp_path / "two" / f"checkpoint-{2 * ROUND}")
@@ -51,7 +44,7 @@ def test_one_goes_on_as_two_and_two_as_one(tmp_path, caplog):
         )
         assert relative_error(as_two, expected) < 1e-5, part
         assert relative_error(as_one, expected) < 1e-5, part
-    for output in (done.stderr, caplog.text):
+    for output in (told, caplog.text):
         assert "sampled anew" not in output
 
 

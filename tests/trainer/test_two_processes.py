@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,14 +13,10 @@ import torch
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> tuple[Path, str]:
     """What two processes left in a folder and told: started once, since their imports take longer than all else."""
+    from tiny_trainers import run_in_two_processes
+
     folder = tmp_path_factory.mktemp("two")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, environment.get("PYTHONPATH")]))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, __file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stderr
+    return folder, run_in_two_processes(__file__, folder)
 
 
 def test_two_processes_learn_what_one_learns(two, tmp_path):

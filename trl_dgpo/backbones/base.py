@@ -16,6 +16,7 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -192,10 +193,16 @@ class Backbone(ABC):
         """Whether the denoiser reads `embedded_guidance`."""
         return False
 
-    def _check_size(self, height: int, width: int, multiple: int) -> None:
+    def _check_size(self, height: int, width: int, multiple: int, largest: int | None = None) -> None:
         for name, size in (("height", height), ("width", width)):
-            if size < multiple or size % multiple:
-                raise ValueError(f"`{name}` is {size}; this model takes multiples of {multiple} pixels.")
+            if size < multiple or size % multiple or (largest is not None and size > largest):
+                limits = "" if largest is None else f" from {multiple} to {largest}"
+                raise ValueError(f"`{name}` is {size}; this model takes multiples of {multiple}{limits} pixels.")
+
+    def _timestep(self, sigma: Tensor | float) -> Tensor | float:
+        """What the denoiser is told of a level."""
+        # float64 until it is multiplied: 0.874 * 1000 is not 874 in float32
+        return 1000 * (sigma.double() if isinstance(sigma, Tensor) else sigma)
 
     def _to_vae(self, latents: Tensor) -> Tensor:
         """What the VAE decodes."""
@@ -493,14 +500,34 @@ class Backbone(ABC):
         Raises:
             `ValueError`: if the conditioning's rows do not match.
         """
-        # float64 until it is multiplied: 0.874 * 1000 is not 874 in float32
-        if isinstance(sigma, Tensor):
-            timestep = (1000 * sigma.double()).float().to(self.device).expand(len(x_t))
-        else:  # filled in on the device: a copy would make the host wait
-            timestep = torch.full((len(x_t),), 1000 * sigma, dtype=torch.float32, device=self.device)
-        x_t = x_t.to(self.device, self._dtype(conditioning))
+        x_t, timestep = x_t.to(self.device, self._dtype(conditioning)), self._timesteps(sigma, len(x_t))
         conditioning = self._guided(conditioning, len(x_t), guidance_scale)
         return self._guided_prediction(model or self.denoiser, x_t, timestep, conditioning, guidance_scale)
+
+    def predict_sides(
+        self, x_t: Tensor, sigma: Tensor | float, conditioning: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """
+        What guidance is made of, from one forward of twice the batch.
+
+        Args:
+            x_t (`torch.Tensor` of shape `(B, C, h, w)`):
+                Noised latents, cast as in `predict`.
+            sigma (`float` or `torch.Tensor` of shape `(B,)`):
+                Noise level in [0, 1], of all latents or of each.
+            conditioning (`dict[str, torch.Tensor]`):
+                One row a latent.
+
+        Returns:
+            Two `torch.Tensor` of shape `(B, C, h, w)`: the predictions for the negative prompt, and for the
+            conditioning.
+
+        Raises:
+            `ValueError`: if the conditioning's rows do not match.
+        """
+        x_t, timestep = x_t.to(self.device, self._dtype(conditioning)), self._timesteps(sigma, len(x_t))
+        # any scale above 1 asks for both
+        return self._sides(self.denoiser, x_t, timestep, self._guided(conditioning, len(x_t), math.inf))
 
     def save_lora(self, directory: str | os.PathLike, state_dict: dict[str, Tensor], metadata: dict) -> None:
         """
@@ -552,6 +579,14 @@ class Backbone(ABC):
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # or it would look for the first timestep, on the device
         return scheduler
+
+    def _timesteps(self, sigma: Tensor | float, num_latents: int) -> Tensor:
+        """A level, or one a latent, as so many latents' forward takes it."""
+        timestep = self._timestep(sigma)
+        if isinstance(timestep, Tensor):
+            return timestep.float().to(self.device).expand(num_latents)
+        # filled in on the device: a copy would make the host wait
+        return torch.full((num_latents,), timestep, dtype=torch.float32, device=self.device)
 
     def _dtype(self, conditioning: dict[str, Tensor]) -> torch.dtype:
         """In which the denoiser reads latents."""
@@ -633,16 +668,25 @@ class Backbone(ABC):
         Guidance and result are in `precision`, or in the forward's own.
         """
         timestep = timestep.expand(len(x_t))
-        if guidance_scale > 1:
-            x_t, timestep = torch.cat([x_t] * 2), torch.cat([timestep] * 2)
-        prediction = self._forward(model, x_t, timestep, conditioning)
-        if precision is not None:
-            prediction = prediction.to(precision)
         if guidance_scale <= 1:
-            return prediction
-        negative, positive = prediction.chunk(2)
+            prediction = self._forward(model, x_t, timestep, conditioning)
+            return prediction if precision is None else prediction.to(precision)
+        negative, positive = self._sides(model, x_t, timestep, conditioning, precision)
         negative = negative.detach()  # as Flow-GRPO's code trains it: the negative side learns nothing by itself
         return negative + guidance_scale * (positive - negative)
+
+    def _sides(
+        self,
+        model: nn.Module,
+        x_t: Tensor,
+        timestep: Tensor,
+        conditioning: dict[str, Tensor],
+        precision: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Predictions for the two halves of a conditioning from `_guided`."""
+        both = self._forward(model, torch.cat([x_t] * 2), torch.cat([timestep] * 2), conditioning)
+        negative, positive = (both if precision is None else both.to(precision)).chunk(2)
+        return negative, positive
 
 
 def _is_movable(module: nn.Module) -> bool:

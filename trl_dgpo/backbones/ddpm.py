@@ -3,13 +3,12 @@ Families of DDPM: SD 1.5 and SDXL, which predict the noise or \\( v \\).
 
 A level is a timestep over 1000: \\( x_t = \sqrt{\bar\alpha_t} x_0 + \sqrt{1 - \bar\alpha_t} \epsilon \\) exists for
 whole timesteps alone, so a level between two is rounded to the nearer one, in `noise`, `target` and `predict` alike.
-An error of the noise and one of \\( x_0 \\) differ by \\( \bar\alpha / (1 - \bar\alpha) \\); as in Diffusion-DPO
-([2311.12908](https://huggingface.co/papers/2311.12908)) the former is trained on, whatever the level.
+The squared error of the noise is \\( \bar\alpha_t / (1 - \bar\alpha_t) \\) times that of \\( x_0 \\); as in
+Diffusion-DPO ([2311.12908](https://huggingface.co/papers/2311.12908)) the former is trained on, whatever the level.
 """
 
 import copy
 
-import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
@@ -45,19 +44,6 @@ class DDPMBackbone(Backbone):
     def clean(self, x_t: Tensor, prediction: Tensor, sigma: Tensor | float) -> Tensor:
         """Clean latent that a prediction means: [`~trl_dgpo.noising.ddpm_clean`]."""
         return noising.ddpm_clean(x_t, prediction, self._alpha_bar(sigma), prediction_type=self._prediction_type)
-
-    def predict(
-        self,
-        x_t: Tensor,
-        sigma: Tensor | float,
-        conditioning: dict[str, Tensor],
-        *,
-        model: torch.nn.Module | None = None,
-        guidance_scale: float = 1.0,
-    ) -> Tensor:
-        """The denoiser's prediction at the level's timestep; see [`~trl_dgpo.backbones.base.Backbone.predict`]."""
-        level = self._timestep(sigma) / 1000
-        return super().predict(x_t, level, conditioning, model=model, guidance_scale=guidance_scale)
 
     def _timestep(self, sigma: Tensor | float) -> Tensor | float:
         """The nearest whole timestep."""

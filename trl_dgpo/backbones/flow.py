@@ -18,6 +18,20 @@ from .. import noising
 from .base import Backbone, _evaluating
 
 
+# LoRA targets of the blocks that attend to image and text at once.
+JOINT_ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+SHIFTS = {"base_shift": 0.5, "max_shift": 1.15}  # of a dynamic shift, with the defaults that pipelines take
+
+
 class FlowBackbone(Backbone):
     """
     A backbone of flow matching; see [`~trl_dgpo.backbones.base.Backbone`].
@@ -86,7 +100,7 @@ class FlowBackbone(Backbone):
         dtype = self._dtype(conditioning)
         conditioning = self._guided(conditioning, len(latents), guidance_scale)
         levels = self.step_levels(num_steps)
-        coefficients = self.sde_coefficients(num_steps, noise_level=noise_level)
+        coefficients = None if step_noise is None else self.sde_coefficients(num_steps, noise_level=noise_level)
         latents = latents.to(self.device, dtype).float()
         with _evaluating(self.denoiser):
             for i, timestep in enumerate(self._prepared(num_steps, self.device).timesteps):
@@ -102,29 +116,6 @@ class FlowBackbone(Backbone):
                 if keep is not None:
                     keep(i, x_t, velocity, latents)
         return latents.to(self.LATENTS_DTYPE or dtype)
-
-    def predict_sides(self, x_t: Tensor, sigma: float, conditioning: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """
-        What guidance is made of, from one forward of twice the batch.
-
-        Args:
-            x_t (`torch.Tensor` of shape `(B, C, h, w)`):
-                Noised latents.
-            sigma (`float`):
-                Their level.
-            conditioning (`dict[str, torch.Tensor]`):
-                One row a latent.
-
-        Returns:
-            Two `torch.Tensor` of shape `(B, C, h, w)`: the velocities for the negative prompt, and for the
-            conditioning.
-        """
-        x_t = torch.cat([x_t.to(self.device, self._dtype(conditioning))] * 2)
-        timestep = torch.full((len(x_t),), 1000 * sigma, dtype=torch.float32, device=self.device)
-        # any scale above 1 asks for both
-        both = self._forward(self.denoiser, x_t, timestep, self._guided(conditioning, len(x_t) // 2, math.inf))
-        negative, positive = both.chunk(2)
-        return negative, positive
 
     def sde_coefficients(self, num_steps: int, *, noise_level: float = 0.7) -> list[noising.SDECoefficients]:
         """
@@ -210,7 +201,7 @@ class FlowBackbone(Backbone):
                     "`pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)`."
                 )
             low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-            base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+            base, top = (config.get(name, default) for name, default in SHIFTS.items())
             slope = (top - base) / (high - low)
             return math.exp(self._image_tokens(*image_size) * slope + (base - slope * low))
         shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")

@@ -10,11 +10,10 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from .flow import FlowBackbone
+from .flow import JOINT_ATTENTION, SHIFTS, FlowBackbone
 
 
 PATCH = 2
-SHIFTS = {"base_shift": 0.5, "max_shift": 1.15}  # of the scheduler, with the defaults that the pipeline takes
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +34,8 @@ class FluxBackbone(FlowBackbone):
     ENCODERS = ("text_encoder", "text_encoder_2")
     TOKENIZERS = ("tokenizer", "tokenizer_2")
     CONDITIONING = ("encoder_hidden_states", "pooled_projections")
-    # The attention over image and text of the double blocks, and that of the single ones.
-    LORA_TARGETS = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    # Of the double blocks, and the queries, keys and values of the single ones.
+    LORA_TARGETS = JOINT_ATTENTION
 
     _warned = False  # of guidance that is hardly meant
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .flow import FlowBackbone
+from .flow import JOINT_ATTENTION, FlowBackbone
 
 
 class SD3Backbone(FlowBackbone):
@@ -20,41 +20,14 @@ class SD3Backbone(FlowBackbone):
     ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
     TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
     CONDITIONING = ("encoder_hidden_states", "pooled_projections")
-    # The attention over image and text of every block. The image-only second attention of SD3.5-Medium (`attn2`) is
-    # left alone, as in the authors' code.
-    LORA_TARGETS = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    # Of every block. The image-only second attention of SD3.5-Medium (`attn2`) is left alone, as in the authors' code.
+    LORA_TARGETS = JOINT_ATTENTION
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """
-        Shape `(C, h, w)` of the latent of an image.
-
-        Args:
-            height (`int`):
-                Image height in pixels.
-            width (`int`):
-                Image width in pixels.
-
-        Raises:
-            `ValueError`: if a side is no whole number of patches or has more of them than the model has positions.
-        """
-        config = self.denoiser.config
-        scale = self.pipeline.vae_scale_factor
+        """Shape `(C, h, w)` of the latent of an image; see [`~trl_dgpo.backbones.base.Backbone.latent_shape`]."""
+        config, scale = self.denoiser.config, self.pipeline.vae_scale_factor
         patch = scale * config.patch_size
-        for name, size in (("height", height), ("width", width)):
-            if size < patch or size % patch or size > patch * config.pos_embed_max_size:
-                raise ValueError(
-                    f"`{name}` is {size}; this model takes multiples of {patch} from {patch} to "
-                    f"{patch * config.pos_embed_max_size} pixels."
-                )
+        self._check_size(height, width, patch, largest=patch * config.pos_embed_max_size)
         return config.in_channels, height // scale, width // scale
 
     def pipeline_call(self, guidance_scale: float) -> dict[str, Any]:

@@ -70,8 +70,6 @@ class ZImageBackbone(FlowBackbone):
     def _forward(self, model: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         hidden_states, lengths = (conditioning[name] for name in self.CONDITIONING)
         captions = [rows[:number] for rows, number in zip(hidden_states, lengths.tolist(), strict=True)]
-        time = (1000 - timestep) / 1000
-        predicted = model(list(x_t.to(self.denoiser.dtype).unsqueeze(2).unbind()), time, captions, return_dict=False)[
-            0
-        ]
+        frames = list(x_t.to(self.denoiser.dtype).unsqueeze(2).unbind())  # one each
+        [predicted] = model(frames, (1000 - timestep) / 1000, captions, return_dict=False)
         return -torch.stack([velocity.float() for velocity in predicted]).squeeze(2)

@@ -647,10 +647,11 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         x0, index, sigma = part.rollout.x0[rows], part.group_index[rows], part.sigmas[level]
         noise = part.noise[level][index if self._shares_noise else rows]
         x_t = self.backbone.noise(x0, noise, sigma)
-        conditioning = {name: of_groups[index] for name, of_groups in part.rollout.conditioning.items()}
         # The prepared model casts by itself; the bare transformer does not.
         with self.accelerator.autocast() if model is None else nullcontext():
-            prediction = self.backbone.predict(x_t, sigma, conditioning, model=model, guidance_scale=guidance_scale)
+            prediction = self.backbone.predict(
+                x_t, sigma, part.conditioning_of(rows), model=model, guidance_scale=guidance_scale
+            )
         return prediction, self.backbone.target(x0, noise, sigma)
 
     def _roll_out(self, round: int) -> None:
@@ -954,6 +955,16 @@ class Part:
     advantages: Tensor  # this and the rest on the device
     group_index: Tensor
     group_sizes: Tensor
+
+    @classmethod
+    def extending(cls, part: Part, **fields: Any) -> Part:
+        """A part, with what a subclass adds to it."""
+        return cls(**{field.name: getattr(part, field.name) for field in dataclasses.fields(part)}, **fields)
+
+    def conditioning_of(self, rows: slice | Tensor) -> dict[str, Tensor]:
+        """One row an image, of those kept one a group."""
+        index = self.group_index[rows]
+        return {name: of_groups[index] for name, of_groups in self.rollout.conditioning.items()}
 
 
 @dataclass(frozen=True)

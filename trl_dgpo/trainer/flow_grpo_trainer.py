@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -150,8 +149,7 @@ class FlowGRPOTrainer(DGPOTrainer):
 
     def _part(self, round: int, iteration: int, update: int) -> _StepsPart:
         part = super()._part(round, iteration, update)
-        fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-        return _StepsPart(**fields, steps=self._draw_steps(round, iteration))
+        return _StepsPart.extending(part, steps=self._draw_steps(round, iteration))
 
     def _noise(self, rollout: Rollout, key: tuple[int, int, int]) -> None:
         """None: it is in the trajectory."""
@@ -173,13 +171,11 @@ class FlowGRPOTrainer(DGPOTrainer):
         """Velocity, guided as in the rollout, before a step, and the one that would have led to where it went."""
         number, coefficients = self._step(part, level)
         x_t, x_next = part.rollout.latents[rows, number], part.rollout.latents[rows, number + 1]
-        index = part.group_index[rows]
-        conditioning = {name: of_groups[index] for name, of_groups in part.rollout.conditioning.items()}
         with self.accelerator.autocast() if model is None else nullcontext():
             velocity = self.backbone.predict(
                 x_t,
                 part.sigmas[level],
-                conditioning,
+                part.conditioning_of(rows),
                 model=model,
                 guidance_scale=self.args.sample_guidance_scale if guidance_scale is None else guidance_scale,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,10 +151,8 @@ class TDMR1Trainer(DGPOTrainer):
     def _draw_steps(self, round: int, iteration: int) -> list[int]:
         """Which steps of the rollouts the present role learns from in a pass."""
         count, stream = self.args.sample_num_steps, generator(self.args.seed, "steps", self._role, round, iteration)
-        weights = torch.ones(count)
-        if self._role == "surrogate":
-            weights = weights.cumsum(0)
-        again = self._role == "surrogate"
+        again = self._role == "surrogate"  # it sees the later steps more often, and one of them twice
+        weights = torch.arange(1.0, count + 1) if again else torch.ones(count)
         return torch.multinomial(weights, self.args.num_train_timesteps, again, generator=stream).tolist()
 
     def _draw_levels(self, round: int, iteration: int) -> list[float]:
@@ -180,13 +177,12 @@ class TDMR1Trainer(DGPOTrainer):
 
     def _part(self, round: int, iteration: int, update: int) -> _StepsPart:
         part = super()._part(round, iteration, update)
-        fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
         sigmas, noise = [], []
         if self._role == "student":
             sigmas = self._renoising_levels("reward", self.args.reward_t_min, round, iteration)
             noise = [self._reward_noise(part.rollout, (round, iteration, level)) for level in range(len(sigmas))]
         steps = self._draw_steps(round, iteration)
-        return _StepsPart(**fields, steps=steps, reward_sigmas=sigmas, reward_noise=noise)
+        return _StepsPart.extending(part, steps=steps, reward_sigmas=sigmas, reward_noise=noise)
 
     def _reward_noise(self, rollout: Rollout, key: tuple[int, int, int]) -> Tensor:
         """Noise with which the surrogate is asked, one draw a group, as it learned."""
@@ -213,10 +209,6 @@ class TDMR1Trainer(DGPOTrainer):
         x_t, x_next = part.rollout.latents[rows, step], part.rollout.latents[rows, step + 1]
         return flow_clean(x_t, (x_t - x_next) / (now - following), now)
 
-    def _conditioned(self, part: Part, rows: slice | Tensor) -> dict[str, Tensor]:
-        index = part.group_index[rows]
-        return {name: of_groups[index] for name, of_groups in part.rollout.conditioning.items()}
-
     def _predict(
         self,
         part: _StepsPart,
@@ -231,7 +223,7 @@ class TDMR1Trainer(DGPOTrainer):
         x_t, noise = self._renoised(part, rows, level)
         with self.accelerator.autocast() if model is None else nullcontext():
             velocity = self.backbone.predict(
-                x_t, sigma, self._conditioned(part, rows), model=model, guidance_scale=guidance_scale
+                x_t, sigma, part.conditioning_of(rows), model=model, guidance_scale=guidance_scale
             )
         if self._role == "surrogate":
             latents = part.rollout.latents[rows, step + 1]
@@ -276,7 +268,7 @@ class TDMR1Trainer(DGPOTrainer):
         return found
 
     def _revisions(self, part: _StepsPart, rows: slice | Tensor, level: int) -> dict[str, Revision]:
-        args, step, conditioning = self.args, part.steps[level], self._conditioned(part, rows)
+        args, step, conditioning = self.args, part.steps[level], part.conditioning_of(rows)
 
         def clean(view: str, x_t: Tensor, sigma: float, guidance_scale: float = 1.0) -> Tensor:
             with self.policy.using(view), self.accelerator.autocast():
@@ -352,7 +344,7 @@ class TDMR1Trainer(DGPOTrainer):
     ) -> Tensor:
         rows, step = batch.rows, part.steps[level]
         x_t = part.rollout.latents[rows, step]
-        velocity = self.backbone.predict(x_t, self._told[step], self._conditioned(part, rows), model=model)
+        velocity = self.backbone.predict(x_t, self._told[step], part.conditioning_of(rows), model=model)
         x0, loss = flow_clean(x_t, velocity.float(), self._edges[step]), 0.0
         for name, weight in self._weights(step).items():
             if name not in fixed.directions[level]:
