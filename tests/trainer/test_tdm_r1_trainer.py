@@ -348,7 +348,7 @@ def test_a_round_keeps_where_the_student_was(tmp_path):
     assert record.latents.dtype == torch.float32
     assert torch.equal(record.latents[:, 4], record.x0)
     part = trainer._part(0, 0, 0)
-    conditioning = trainer._conditioned(part, slice(None))
+    conditioning = part.conditioning_of(slice(None))
     for level, step in enumerate(part.steps):
         x_t, told = record.latents[:, step], trainer.backbone.sigmas(4)[step].item()
         with torch.no_grad():
