@@ -18,7 +18,6 @@ LONG = {
     "test_killed",
     "test_notebook",
     "test_hub_push",
-    "test_trackers",
     "test_data",
     "test_offline",
     "test_benchmarks",

@@ -240,7 +240,9 @@ def test_a_training_step_moves_the_lora_alone(name, tmp_path):
     assert all(torch.equal(whole[key], after[key]) for key in frozen)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("sd15") else []) for name in NAMES]
+)  # SDXL is of their kind
 def test_ways_to_save_memory_change_nothing(name, tmp_path):
     plain = trainer_of(name, tmp_path / "plain", learning_rate=1e-2)
     saving = trainer_of(

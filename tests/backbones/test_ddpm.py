@@ -138,7 +138,7 @@ def draw_one_colour(pipeline, *, num_steps: int = 80):
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd15-v"])
+@pytest.mark.parametrize("name", [pytest.param("sdxl", marks=pytest.mark.slow), "sd15-v"])
 def test_a_reward_rises(name, tmp_path):
     pipeline = tiny_family(name)
     draw_one_colour(pipeline)

@@ -70,8 +70,14 @@ def both():
     return lambda: (PROMPTS[(next(numbers) + random.randrange(5)) % 5], {})
 
 
-@pytest.mark.parametrize("make", [counting, drawing, both])
-@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize(
+    ("step", "make"),
+    [
+        (2, both),
+        (3, both),
+        *(pytest.param(step, make, marks=pytest.mark.slow) for step in (2, 3) for make in (counting, drawing)),
+    ],
+)
 def test_a_prompt_function_goes_on_where_it_stood(tmp_path, make, step):
     config = {"max_steps": 6, "num_iterations": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
     whole = with_prompt_function(tmp_path, make(), **config)

@@ -185,8 +185,17 @@ class _Autocast(torch.autocast):
         super().__init__("cpu" if device_type == AWAY.type else device_type, *args, **kwargs)
 
 
-@pytest.mark.parametrize("merge_adapter", [True, False])
-@pytest.mark.parametrize("sampler", ["dpm", "euler", "sde"])
+@pytest.mark.parametrize(
+    ("sampler", "merge_adapter"),
+    [
+        ("dpm", True),
+        ("sde", False),
+        pytest.param("dpm", False, marks=pytest.mark.slow),
+        pytest.param("euler", True, marks=pytest.mark.slow),
+        pytest.param("euler", False, marks=pytest.mark.slow),
+        pytest.param("sde", True, marks=pytest.mark.slow),
+    ],
+)
 def test_sampling_and_decoding(trainer_away, monkeypatch, sampler, merge_adapter):
     trainer = trainer_away(sampler=sampler, merge_adapter=merge_adapter, decode_batch_size=1)
     monkeypatch.setattr(base_trainer.OnTheWay, "send", lambda images: images)
@@ -220,7 +229,12 @@ UPDATES = {
 }
 
 
-@pytest.mark.parametrize("case", UPDATES)
+QUICK = ("cut groups", "guided reference", "gpo")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in UPDATES]
+)
 def test_an_update(trainer_away, case):
     trainer_class, config = UPDATES[case]
     trainer = trainer_away(trainer_class, **config)

@@ -46,7 +46,7 @@ def plain(tmp_path_factory):
         {"offload_text_encoders": False},
         {"decode_batch_size": 1},
         {"async_reward_computation": True},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_weights_are_the_same_to_the_bit(tmp_path, plain, option):

@@ -60,20 +60,24 @@ SPLITS = {
     # each, both have a half of the second group; of four, with 3 images each, every group lies on two
     3: {1: (3,), 2: (3, 6), 4: (1, 3)},
 }
-# What is run on several processes by default; the others are slow tests.
+# What is run in every split by default; of the others only that of three groups in one process.
 QUICK = ("dgpo", "gpo", "dgpo-logsigmoid", "all")
 TABLE = [
     pytest.param(
         *(case, groups, processes, batch),
         id=f"{case}-{groups}-groups-on-{processes}-by-{batch}",
-        marks=[pytest.mark.slow] if processes > 1 and case not in QUICK else [],
+        marks=[pytest.mark.slow] if case not in QUICK and (processes > 1 or groups > 3) else [],
     )
     for groups, by_processes in SPLITS.items()
     for processes, batches in by_processes.items()
     for batch in batches
     for case in CASES
 ]
-WHOLE = [(case, groups, groups * GROUP) for case in CASES for groups in SPLITS]  # one batch holds all groups
+WHOLE = [  # one batch holds all groups
+    pytest.param(case, groups, groups * GROUP, marks=[pytest.mark.slow] if case not in QUICK and groups > 3 else [])
+    for case in CASES
+    for groups in SPLITS
+]
 # A round of two passes with two optimiser steps each; three groups a step.
 ROUND = {
     "num_iterations": 2,
@@ -341,7 +345,7 @@ def test_the_comparison_starts_where_things_act(runs, case, groups, batch):
         assert run["log"]["kl"] > 0
 
 
-@pytest.mark.parametrize(("case", "groups", "batch"), [row for row in WHOLE if is_dgpo(row[0])])
+@pytest.mark.parametrize(("case", "groups", "batch"), [row for row in WHOLE if is_dgpo(row.values[0])])
 def test_one_batch_has_the_gradient_of_the_definition(runs, case, groups, batch):
     from tiny_trainers import relative_error
 

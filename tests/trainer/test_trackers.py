@@ -9,27 +9,25 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_trainers import prompt_dataset, tiny_trainer
 
 
+RUN = {
+    "project": "pictures",
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "max_steps": 3,
+    "num_log_images": 2,
+    "log_completions": True,
+}
 # In its own process: trackio reads its folder's name once, when it is imported. It reads its store there too, since
 # importing it takes long.
 SCRIPT = """
 import json
 from pathlib import Path
-from tiny_trainers import prompt_dataset, tiny_trainer
+from test_trackers import run_with
 
-trainer = tiny_trainer(
-    "run",
-    report_to=["tensorboard", "trackio"],
-    project="pictures",
-    eval_dataset=prompt_dataset("held out", "also"),
-    eval_strategy="steps",
-    eval_steps=2,
-    max_steps=3,
-    num_log_images=2,
-    log_completions=True,
-)
-trainer.train()
+run_with("trackio", "run")
 
 from trackio.sqlite_storage import SQLiteStorage
 from trackio.utils import MEDIA_DIR
@@ -40,13 +38,25 @@ Path("trackio.json").write_text(json.dumps(store, default=str))
 """
 
 
+def run_with(tracker: str, output_dir) -> None:
+    held_out = prompt_dataset("held out", "also")
+    tiny_trainer(output_dir, report_to=[tracker], eval_dataset=held_out, **RUN).train()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("trackers")
+    directory = tmp_path_factory.mktemp("tensorboard")
+    run_with("tensorboard", directory / "run")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trackio_run(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("trackio")
     tests = Path(__file__).parent.parent
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
+        "PYTHONPATH": os.pathsep.join(map(str, (tests, tests / "trainer", tests.parent))),
         "HF_HUB_OFFLINE": "1",
         "TRACKIO_DIR": str(directory / "trackio"),
     }
@@ -78,7 +88,9 @@ def test_tensorboard_shows_the_fixed_prompts(run):
     assert [event.step for event in store.Scalars("train/reward")] == [1, 2, 3]
 
 
-def test_trackio_shows_the_fixed_prompts_and_the_table(run):
+@pytest.mark.slow
+def test_trackio_shows_the_fixed_prompts_and_the_table(trackio_run):
+    run = trackio_run
     store = json.loads((run / "trackio.json").read_text())
     shown = {log["train/global_step"]: log["samples"] for log in store["logs"] if "samples" in log}
     assert sorted(shown) == [0, 2, 3]
