@@ -49,7 +49,7 @@ from ..callbacks import (
 from ..checkpoints import rotate
 from ..ddpo_compat import DDPOFields, GRPOFields, PromptStream
 from ..engines import ENGINES, check_engine
-from ..evaluation import evaluation_latents, evaluation_metrics, measure_images
+from ..evaluation import evaluation_latents, evaluation_metrics
 from ..hub import (
     RunDescription,
     is_repo_id,
@@ -58,6 +58,7 @@ from ..hub import (
     upload,
     write_model_card,
 )
+from ..image_measures import measure_images
 from ..policy import Adapter, Policy, lora_config, read_adapter, take_adapter
 from ..prompt_embeds import precompute
 from ..rewards.scoring import RewardFunc, RewardScorer, Scores
