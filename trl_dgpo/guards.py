@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 LIMIT = 2.0  # standard deviations of the base's pictures: their mean is where 1 in 40 of the base's was
 ROUNDS = 3  # in a row
 EVALUATIONS = 3  # after the best one
+MEMORY = "trl_dgpo.ImageGuard"  # no callback's name alone: Trainer would make those anew
 _AT_ONCE = 16  # images that are measured at a time
 
 
@@ -94,11 +95,20 @@ class ImageGuard(TrainerCallback):
 
     def __init__(self, log_metric: Callable[[str, float], None], stops: bool = False):
         self.log_metric, self.stops = log_metric, stops
+        self._is_over = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._is_over = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._is_over:  # told before, in the midst of the step, Trainer would drop what is left of it
+            control.should_training_stop = control.should_save = True
 
     def on_rollout(self, args, state, control, scored: ScoredImages, **kwargs):
         measures, reward = _measured(scored, args.device)
         means = {name: values.mean().item() for name, values in measures.items()}
-        memory = _memory(state, type(self).__name__)
+        # What Trainer saves with each checkpoint and reads again.
+        memory = state.stateful_callbacks.setdefault(MEMORY, {})
         if not memory:
             if scored.round > 0:
                 logger.warning(
@@ -127,7 +137,7 @@ class ImageGuard(TrainerCallback):
         if new := [key for key in out if key not in memory["told"]]:
             memory["told"] += new
             has_risen = reward > memory["reward"]
-            stops = self.stops and has_risen
+            self._is_over = self.stops and has_risen
             if state.is_world_process_zero:
                 evidence = [
                     f"{sign.measure} {means[sign.measure]:.3f}, the base model's {memory['means'][sign.measure]:.3f} "
@@ -142,11 +152,9 @@ class ImageGuard(TrainerCallback):
                     *(memory["reward"], reward, scored.round, state.global_step, ROUNDS, "; ".join(evidence)),
                     "`output_dir/samples`" if args.num_log_images else "`num_log_images` draws some",
                     "Training stops after this step, with a checkpoint (`image_guard` is 'stop')."
-                    if stops
+                    if self._is_over
                     else "If they are bad, raise `kl_coef` or set `kl_target`, or add a reward for what is lost.",
                 )
-            if stops:
-                control.should_training_stop = control.should_save = True
 
 
 def _measured(scored: ScoredImages, device: torch.device) -> tuple[dict[str, Tensor], float]:
@@ -164,11 +172,6 @@ def _measured(scored: ScoredImages, device: torch.device) -> tuple[dict[str, Ten
 
 def _on_device(images: Tensor, device: torch.device) -> Iterator[Tensor]:
     return (part.to(device) for part in images.split(_AT_ONCE))
-
-
-def _memory(state: Any, name: str) -> dict[str, Any]:
-    """What a guard remembers, in what Trainer saves with each checkpoint and reads again."""
-    return state.stateful_callbacks.setdefault(name, {"args": {}, "attributes": {}})["attributes"]
 
 
 class HeldOutGuard(TrainerCallback):

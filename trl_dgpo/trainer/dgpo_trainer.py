@@ -70,7 +70,7 @@ _OWN_METRICS = {
 }
 _OWN_PREFIXES = ("rewards/", "time/", "loss/", "eval_", "train_", "images/", "images_vs_base/", "guard/")
 
-_KL_CONTROLLER = "KLController"  # where Trainer's state keeps the weight of the KL term, beside what callbacks keep
+_KL_COEF = "trl_dgpo.kl_coef"  # where Trainer's state keeps it, beside what callbacks keep
 _DIVERGENCE_GROUPS, _DIVERGENCE_LEVELS = 8, 4
 _LATENT_TOLERANCE = 16  # mean difference of a picture and its decoded latent; a JPEG's is below 5
 
@@ -393,8 +393,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     @property
     def kl_coef(self) -> float:
         """Weight of the KL term: that of `args`, or where the controller of `kl_target` has moved it."""
-        kept = self.state.stateful_callbacks.get(_KL_CONTROLLER)
-        return self.args.kl_coef if kept is None else kept["attributes"]["kl_coef"]
+        return self.state.stateful_callbacks.get(_KL_COEF, self.args.kl_coef)
 
     def end_update(self) -> None:
         """Move the KL term's weight where it holds a target."""
@@ -404,7 +403,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             self._metrics["kl_coef"].append(self.kl_coef)
             kl = self.accelerator.reduce(kl, "mean").item()
             moved = next_kl_coef(self.kl_coef, kl, target=args.kl_target, rate=args.kl_target_rate)
-            self.state.stateful_callbacks[_KL_CONTROLLER] = {"args": {}, "attributes": {"kl_coef": moved}}
+            self.state.stateful_callbacks[_KL_COEF] = moved
         super().end_update()
 
     def _errors(self, prediction: Tensor, target: Tensor, fixed: Fixed, batch: MicroBatch, level: int) -> Tensor:
