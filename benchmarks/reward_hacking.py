@@ -4,9 +4,9 @@ A reward that is gamed, and what the guards say and when: the tiny SD3, rewarded
     python benchmarks/reward_hacking.py            # about 15 minutes on one core; it prints what it expects
 
 Three runs with the settings of `examples/recipes/tiny_ocr.yaml`: rewarded for JPEG compressibility without a KL term;
-the same with a KL that is held (`kl_target`); and the recipe itself, spelling, in which no guard may speak. Spelling on
-held-out prompts is what all are evaluated by; at the first warning and at the end it is measured with the live
-weights, and pictures are drawn.
+the same with a KL that is held (`kl_target`); and the recipe itself, spelling, in which no guard may speak. All are
+evaluated by spelling on held-out prompts; at the first warning and at the end that is measured with the live weights,
+and pictures are drawn.
 
 It writes its part of `docs/guards.md`, and `docs/guards.png`. A run that is there is not taken again.
 """
@@ -26,6 +26,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from trl_dgpo import DGPOConfig, DGPOTrainer
 from trl_dgpo.guards import MEMORY
+from trl_dgpo.image_measures import NEAR, thumbnails
 from trl_dgpo.policy import lora_config
 from trl_dgpo.prompts.text import tiny_ocr_prompts
 from trl_dgpo.rewards import JPEGCompressibility, OCRReward
@@ -59,6 +60,13 @@ class Watch(TrainerCallback):
         self.output, self.trainer = output, None
         self.seen: dict[str, dict[str, float]] = {}
 
+    def on_rollout(self, args, state, control, scored, **kwargs):
+        if scored.round == 0:  # the base's pictures
+            small, group = thumbnails(scored.images), scored.group_index
+            others = (group[:, None] == group) & ~torch.eye(len(group), dtype=torch.bool)
+            distances = (small[:, None] - small).square().mean(2).sqrt()
+            self.seen["base"]["nearest"] = distances[others].min().item()
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.stateful_callbacks[MEMORY]["told"] and "warned" not in self.seen:
             self.look("warned", None)
@@ -83,10 +91,14 @@ class Messages(logging.Handler):
         self.texts.append(record.getMessage())
 
 
+def folder_of(name: str, output: Path) -> Path:
+    return output / name.replace(" ", "-").replace(",", "")
+
+
 def take(name: str, output: Path, *, quick: bool) -> dict:
     """One run, in its folder."""
     reward, fields = RUNS[name]
-    folder = output / name.replace(" ", "-").replace(",", "")
+    folder = folder_of(name, output)
     file = folder / "result.json"
     if file.exists():
         return json.loads(file.read_text())
@@ -136,6 +148,97 @@ def curve(result: dict, name: str, *, digits: int = 3, points: int = 7) -> str:
     return " ".join(f"{value:.{digits}f}" for _, value in dict(shown).items()) if shown else "-"
 
 
+def table(results: list[dict]) -> str:
+    """One line a run."""
+    lines = [
+        "| run | steps | reward, first and last round | spelling before | first warning | spelling then | "
+        "at the end | divergence at the end |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        log, seen = result["log"], result["seen"]
+        rewards = [entry["reward"] for entry in log if "reward" in entry]
+        divergences = [entry["divergence"] for entry in log if "divergence" in entry]
+        warned = seen.get("warned")
+        step, then = (f"step {warned['step']}", f"{warned['ocr']:.3f}") if warned else ("none", "-")
+        lines.append(
+            f"| {result['name']} | {result['steps']} | {rewards[0]:.3f} to {rewards[-1]:.3f} | "
+            f"{seen['base']['ocr']:.3f} | {step} | {then} | {seen['end']['ocr']:.3f} | {divergences[-1]:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: list[dict], output: Path) -> None:
+    """The first held-out prompts with one noise: the base, and of each run what was seen."""
+    strips = [Image.open(folder_of(results[0]["name"], output) / "base.png")]
+    for result in results:
+        folder = folder_of(result["name"], output)
+        strips += [Image.open(folder / f"{name}.png") for name in ("warned", "end") if name in result["seen"]]
+    width, height, gap = strips[0].width, strips[0].height, 4
+    picture = Image.new("RGB", (width, len(strips) * (height + gap) - gap), "white")
+    for number, strip in enumerate(strips):
+        picture.paste(strip, (0, number * (height + gap)))
+    picture.resize((picture.width * 2, picture.height * 2), Image.NEAREST).save(PICTURES)
+
+
+def rows_of_picture(results: list[dict]) -> str:
+    names = ["the base model"]
+    for result in results:
+        seen = [("warned", "at the first warning"), ("end", "at the end")]
+        names += [f"*{result['name']}* {words}" for name, words in seen if name in result["seen"]]
+    return ", ".join(names)
+
+
+def write_page(results: list[dict]) -> None:
+    about = machine()
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "diffusers", "transformers", "peft", "trl"))
+    curves = [
+        "| run | reward | contrast | edges | saturation | held-out spelling | kl_coef |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        cells = [curve(result, "reward"), *(curve(result, f"images/{name}") for name in ("contrast", "edges"))]
+        cells += [curve(result, "images/saturation"), curve(result, "eval_reward"), curve(result, "kl_coef")]
+        curves.append(f"| {result['name']} | {' | '.join(cells)} |")
+    said = "\n\n".join(
+        f"*{result['name']}*, {len(result['messages'])} warnings"
+        + (
+            ":\n\n" + "\n".join(f"> {text}\n>" for text in result["messages"]).rstrip(">\n ")
+            if result["messages"]
+            else "."
+        )
+        for result in results
+    )
+    nearest = results[-1]["seen"]["base"]["nearest"]
+    held = ", ".join(f"`{name}={value}`" for name, value in HELD.items())
+    commits = ", ".join(dict.fromkeys(result["commit"] for result in results))
+    written = f"""
+{table(results)}
+
+Spelling is OCR accuracy of {NUM_EVAL_PROMPTS} held-out prompts with the live weights. *KL held* has {held}.
+
+The nearest two of the base's pictures of one prompt, in the first round, differ by
+{255 * nearest:.0f} of 255 in their thumbnails; near duplicates by less than {255 * NEAR:.0f}.
+
+![pictures of the runs](guards.png)
+
+From above: {rows_of_picture(results)}; the same prompts and noise.
+
+On the way, evenly over the steps (*held-out spelling* of the averaged weights, every 20 steps):
+
+{chr(10).join(curves)}
+
+What was said:
+
+{said}
+
+`python benchmarks/reward_hacking.py`, {about["date"]}, commit {commits}; {about["cpu"]}, one thread; {versions}.
+
+"""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{written}{END}{rest.partition(END)[2]}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--output", type=Path, help="folder of the results (outputs/reward_hacking, or -quick)")
@@ -148,9 +251,11 @@ def main(argv: list[str] | None = None) -> None:
     results = []
     for name in [arguments.only] if arguments.only else RUNS:
         results.append(take(name, output, quick=arguments.quick))
-        print(json.dumps({key: results[-1][key] for key in ("name", "steps", "seen", "messages")}, indent=1), flush=True)
+        print(
+            json.dumps({key: results[-1][key] for key in ("name", "steps", "seen", "messages")}, indent=1), flush=True
+        )
     if not (arguments.quick or arguments.only):
-        draw(output)
+        draw(results, output)
         write_page(results)
 
 
