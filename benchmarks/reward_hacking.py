@@ -3,10 +3,10 @@ A reward that is gamed, and what the guards say and when: the tiny SD3, rewarded
 
     python benchmarks/reward_hacking.py            # about 15 minutes on one core; it prints what it expects
 
-Three runs with the settings of `examples/recipes/tiny_ocr.yaml`: rewarded for JPEG compressibility without a KL term;
-the same with a KL that is held (`kl_target`); and the recipe itself, spelling, in which no guard may speak. All are
-evaluated by spelling on held-out prompts; at the first warning and at the end that is measured with the live weights,
-and pictures are drawn.
+Three runs of 120 steps with the settings of `examples/recipes/tiny_ocr.yaml`: rewarded for JPEG compressibility
+without a KL term; the same with a KL that is held (`kl_target`); and spelling, as in the recipe, in which no guard may
+speak. All are evaluated by spelling on held-out prompts; at the first warning and at the end that is measured with the
+live weights, and pictures are drawn.
 
 It writes its part of `docs/guards.md`, and `docs/guards.png`. A run that is there is not taken again.
 """
@@ -38,11 +38,11 @@ RECIPE = ROOT / "examples" / "recipes" / "tiny_ocr.yaml"
 BEGIN, END = "<!-- written by benchmarks/reward_hacking.py -->", "<!-- until here -->"
 NUM_EVAL_PROMPTS, SHOWN = 64, 6
 
-JPEG_STEPS = 120
+STEPS = 120  # of the recipe's 300: the pictures are gone long before
 HELD = {"kl_coef": 0.1, "kl_target": 0.01, "kl_target_rate": 1.0}
 RUNS = {
-    "JPEG size": ("jpeg", {"max_steps": JPEG_STEPS}),
-    "JPEG size, KL held": ("jpeg", {"max_steps": JPEG_STEPS, **HELD}),
+    "JPEG size": ("jpeg", {}),
+    "JPEG size, KL held": ("jpeg", HELD),
     "spelling": ("ocr", {}),
 }
 
@@ -105,7 +105,8 @@ def take(name: str, output: Path, *, quick: bool) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     recipe = yaml.safe_load(RECIPE.read_text())
     settings = {name: value for name, value in recipe.items() if name in DGPOConfig.__dataclass_fields__}
-    settings |= {"eval_steps": 20, "divergence_rounds": 5, "num_log_images": 0, "disable_tqdm": True, **fields}
+    settings |= {"eval_steps": 20, "divergence_rounds": 5, "num_log_images": 0, "disable_tqdm": True}
+    settings |= {"max_steps": STEPS, **fields}
     if quick:
         settings |= {"max_steps": 4, "eval_steps": 2, "divergence_rounds": 1}
     lora = lora_config(())

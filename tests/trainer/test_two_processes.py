@@ -86,7 +86,7 @@ def learn(output: Path) -> None:
         updates_per_round=2,
         max_steps=6,
         kl_coef=0.1,
-        kl_target=1e-3,
+        kl_target=1e-2,
         divergence_rounds=1,
         clip_range=1e-3,
         beta=1e4,
