@@ -26,7 +26,7 @@ from .rollout import ScoredImages
 logger = logging.getLogger(__name__)
 
 LIMIT = 2.0  # standard deviations of the base's pictures: their mean is where 1 in 40 of the base's was
-ROUNDS = 3  # in a row
+ROUNDS = 2  # in a row
 EVALUATIONS = 3  # after the best one
 MEMORY = "trl_dgpo.ImageGuard"  # no callback's name alone: Trainer would make those anew
 _AT_ONCE = 16  # images that are measured at a time
@@ -82,8 +82,8 @@ class ImageGuard(TrainerCallback):
     means over a round, `images/<measure>`, `images_vs_base/<measure>` (its difference from the base's, in standard
     deviations of the base's pictures), and `guard/alarms` (signs that are out of range).
 
-    A sign is out of range where its measure has moved its way by more than two of those deviations, in three rounds in
-    a row. A warning then names it, with its numbers and the reward's; each sign warns once.
+    A sign is out of range where its measure has moved its way by more than two of those deviations, in two rounds in a
+    row. A warning then names it, with its numbers and the reward's; each sign warns once.
 
     Args:
         log_metric (`Callable[[str, float], None]`):

@@ -159,7 +159,7 @@ def guarded_ruin(tmp_path, resume=None, **config):
         tmp_path,
         reward_funcs=lambda images, **kwargs: [float(next(rewards)) for _ in images],
         callbacks=[ruin],
-        **{**SMALL, "max_steps": 7, "learning_rate": 0.0, **config},
+        **{**SMALL, "max_steps": 6, "learning_rate": 0.0, **config},
     )
     ruin.backbone = trainer.backbone
     trainer.train(resume_from_checkpoint=resume)
@@ -169,24 +169,24 @@ def guarded_ruin(tmp_path, resume=None, **config):
 def test_a_ruined_policy_is_stopped_and_kept(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "trl_dgpo.guards")
     trainer = guarded_ruin(tmp_path, image_guard="stop")
-    # Ruined for the rounds 2, 3 and 4, the last of which is at step 4 and trained on before the end.
-    assert logged(trainer, "guard/alarms")[:4] == [0, 0, 0, 0]
-    assert logged(trainer, "guard/alarms")[4] >= 1
-    assert trainer.state.global_step == 5
-    assert (tmp_path / "checkpoint-5").is_dir()
+    # Ruined for the rounds 2 and 3, the last of which is at step 3 and trained on before the end.
+    assert logged(trainer, "guard/alarms")[:3] == [0, 0, 0]
+    assert logged(trainer, "guard/alarms")[3] >= 1
+    assert trainer.state.global_step == 4
+    assert (tmp_path / "checkpoint-4").is_dir()
     assert "Training stops after this step" in caplog.text
     # It can be gone on from: what was told once stops no more.
-    again = guarded_ruin(tmp_path / "again", str(tmp_path / "checkpoint-5"), image_guard="stop")
-    assert again.state.global_step == 7
+    again = guarded_ruin(tmp_path / "again", str(tmp_path / "checkpoint-4"), image_guard="stop")
+    assert again.state.global_step == 6
 
 
 def test_a_warning_alone_stops_nothing(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "trl_dgpo.guards")
-    trainer = guarded_ruin(tmp_path, max_steps=6)
-    assert trainer.state.global_step == 6
+    trainer = guarded_ruin(tmp_path, max_steps=5)
+    assert trainer.state.global_step == 5
     assert caplog.text.count("leave the base model's range while the reward rises") == 1
     (line,) = [
-        line for line in map(json.loads, (tmp_path / "log.jsonl").open()) if line["step"] == 5 and "loss" in line
+        line for line in map(json.loads, (tmp_path / "log.jsonl").open()) if line["step"] == 4 and "loss" in line
     ]
     assert line["guard/alarms"] >= 1
     assert abs(line["images_vs_base/contrast"]) + abs(line["images_vs_base/edges"]) > 2
