@@ -4,8 +4,8 @@ A reward that is gamed, and what the guards say and when: the tiny SD3, rewarded
     python benchmarks/reward_hacking.py            # about 15 minutes on one core; it prints what it expects
 
 Three runs of 100 steps with the settings of `examples/recipes/tiny_ocr.yaml`: rewarded for JPEG compressibility
-without a KL term, at a third of the recipe's learning rate; the same with a KL that is held (`kl_target`); and
-spelling, as in the recipe, in which no guard may speak. All are evaluated by spelling on held-out prompts; at the
+without a KL term, at a third of the recipe's learning rate; 60 steps of the same with a KL that is held (`kl_target`);
+and spelling, as in the recipe, in which no guard may speak. All are evaluated by spelling on held-out prompts; at the
 first warning and at the end that is measured with the live weights, and pictures are drawn.
 
 It writes its part of `docs/guards.md`, and `docs/guards.png`. A run that is there is not taken again.
@@ -43,7 +43,7 @@ SLOW = {"learning_rate": 1e-3}  # at the recipe's 3e-3 they are gone within six 
 HELD = {"kl_coef": 0.1, "kl_target": 0.01, "kl_target_rate": 1.0}
 RUNS = {
     "JPEG size": ("jpeg", SLOW),
-    "JPEG size, KL held": ("jpeg", {**SLOW, **HELD}),
+    "JPEG size, KL held": ("jpeg", {**SLOW, **HELD, "max_steps": 60}),
     "spelling": ("ocr", {}),
 }
 
