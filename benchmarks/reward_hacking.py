@@ -195,12 +195,13 @@ def write_page(results: list[dict]) -> None:
     about = machine()
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "diffusers", "transformers", "peft", "trl"))
     curves = [
-        "| run | reward | contrast | edges | saturation | held-out spelling | kl_coef |",
-        "|---|---|---|---|---|---|---|",
+        "| run | reward | contrast | edges | saturation | held-out spelling | kl | kl_coef |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         cells = [curve(result, "reward"), *(curve(result, f"images/{name}") for name in ("contrast", "edges"))]
-        cells += [curve(result, "images/saturation"), curve(result, "eval_reward"), curve(result, "kl_coef")]
+        cells += [curve(result, "images/saturation"), curve(result, "eval_reward")]
+        cells += [curve(result, "kl", digits=4), curve(result, "kl_coef", digits=4)]
         curves.append(f"| {result['name']} | {' | '.join(cells)} |")
     said = "\n\n".join(
         f"*{result['name']}*, {len(result['messages'])} warnings"
