@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trl_dgpo.evaluation import image_statistics, measure_images
+from trl_dgpo.image_measures import image_statistics, measure_images
 from trl_dgpo.prompts.text import _SIGN_WORDS, tiny_ocr_prompts
 from trl_dgpo.rewards import OCRReward
 from trl_dgpo.rewards.ocr import text_accuracy

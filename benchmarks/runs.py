@@ -79,6 +79,7 @@ _UNATTENDED = {
     "report_to": "none",
     "disable_tqdm": True,
     "num_log_images": 0,
+    "divergence_rounds": 0,  # forwards are counted
     "max_steps": 1_000_000,  # the budget ends it
 }
 NUM_EVAL_PROMPTS = 96

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "trl_dgpo"
 
 # A name is a file or a folder at the package's top. What is not there yet is only planned.
 FLOORS = [
-    {"noising", "advantages", "losses", "rollout", "seeding", "run_files", "coco"},
+    {"noising", "advantages", "losses", "rollout", "seeding", "run_files", "coco", "image_measures"},
     {"policy", "backbones", "rewards", "prompts", "prompt_embeds", "rollout_dataset", "sampler", "tiny"},
-    {"ddpo_compat", "hub", "callbacks", "checkpoints", "evaluation", "report", "engines", "plan"},
+    {"ddpo_compat", "hub", "callbacks", "checkpoints", "evaluation", "report", "engines", "plan", "guards"},
     {"trainer"},
     {"cli"},
     {"__main__"},

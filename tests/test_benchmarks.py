@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_models import tiny_random_pipeline
 from tiny_trainers import relative_error, scramble, weights
 
@@ -25,6 +26,7 @@ import models  # noqa: E402
 import naive_loop  # noqa: E402
 import out_of_distribution  # noqa: E402
 import results  # noqa: E402
+import reward_hacking  # noqa: E402
 import rewards  # noqa: E402
 import rounds  # noqa: E402
 import runs  # noqa: E402
@@ -695,3 +697,49 @@ def test_a_students_table_is_of_the_last_two_evaluations(tmp_path):
     assert "| TDM-R1 | 1 | 0.500 | 0.400 0.600 0.800 | 0.700 | +0.200 | 0.25 to 0.35 |" in tdm_r1.table([row])
     page = tdm_r1.PAGE.read_text()
     assert page.index(tdm_r1.BEGIN) < page.index(tdm_r1.END)
+
+
+# -- a reward that is gamed
+
+
+def gamed(name, warned):
+    log = [{"step": 0, "eval_reward": 0.7}]
+    for step in range(1, 10):
+        log.append({"step": step, "reward": step / 10, "images/contrast": 0.3 - step / 100, "divergence": step / 1000})
+    seen = {"base": {"step": 0, "ocr": 0.7, "nearest": 0.064}, "end": {"step": 9, "ocr": 0.1}}
+    if warned:
+        seen["warned"] = {"step": 4, "ocr": 0.5}
+    messages = ["The pictures leave."] if warned else []
+    return {"name": name, "commit": "abc", "steps": 9, "seen": seen, "messages": messages, "log": log}
+
+
+def test_the_page_says_when_the_guard_spoke(tmp_path, monkeypatch):
+    page = tmp_path / "guards.md"
+    page.write_text(f"before\n{reward_hacking.BEGIN}\nold\n{reward_hacking.END}\nafter\n")
+    monkeypatch.setattr(reward_hacking, "PAGE", page)
+    monkeypatch.setattr(reward_hacking, "PICTURES", tmp_path / "guards.png")
+    results = [gamed("JPEG size", True), gamed("spelling", False)]
+    for name, files in (("JPEG size", ("base", "warned", "end")), ("spelling", ("base", "end"))):
+        folder = reward_hacking.folder_of(name, tmp_path)
+        folder.mkdir()
+        for file in files:
+            Image.new("RGB", (12, 8)).save(folder / f"{file}.png")
+    reward_hacking.draw(results, tmp_path)
+    with Image.open(tmp_path / "guards.png") as picture:
+        assert picture.size == (24, 2 * (4 * 12 - 4))  # the base, a warning and two ends
+    reward_hacking.write_page(results)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert row_of(text, "JPEG size", 8)[1:] == ["9", "0.100 to 0.900", "0.700", "step 4", "0.500", "0.100", "0.0090"]
+    assert row_of(text, "spelling", 8)[4:6] == ["none", "-"]
+    assert "> The pictures leave." in text
+    assert "*spelling*, 0 warnings." in text
+    assert "differ by\n16 of 255" in text
+
+
+def test_a_curve_has_its_ends():
+    assert reward_hacking.curve(gamed("", False), "reward", digits=1) == "0.1 0.2 0.4 0.5 0.6 0.8 0.9"
+    assert reward_hacking.curve(gamed("", False), "eval_reward") == "0.700"
+    assert reward_hacking.curve(gamed("", False), "kl_coef") == "-"

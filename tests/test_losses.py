@@ -20,6 +20,7 @@ from trl_dgpo.losses import (
     gpo_loss,
     group_mean,
     group_scores,
+    next_kl_coef,
     pairwise_dpo_loss,
     revision_error,
     revisions,
@@ -717,3 +718,34 @@ def test_a_revision_pulls_as_far_as_it_points():
     close(torch.autograd.grad(error.sum(), x0)[0], [[-2 / 9, 2 / 9, 0, 4 / 9]])
     moved = x0.detach() + 5
     close(revision_error(moved, revision), [6 / 4 / 2.25])  # whatever the student is
+
+
+# -- a KL to hold
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (0.5, 2.0),  # on target
+        (0.55, 2.0 * (1 + 0.1 * 0.1)),
+        (0.45, 2.0 * (1 - 0.1 * 0.1)),
+        (50.0, 2.0 * (1 + 0.1 * 0.2)),  # clipped
+        (0.0, 2.0 * (1 - 0.1 * 0.2)),
+        (math.nan, 2.0),
+        (math.inf, 2.0),
+    ],
+)
+def test_the_weight_moves_towards_the_target(kl, expected):
+    assert next_kl_coef(2.0, kl, target=0.5, rate=0.1) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_weight_holds_a_target():
+    """On a loss (x - 1)^2 / 2 + c x^2 with gradient descent: x settles where x^2, the divergence, is the target."""
+    x, kl_coef, kls = 0.0, 1e-3, []
+    for _ in range(400):
+        x -= 0.1 * ((x - 1) + 2 * kl_coef * x)
+        kls.append(x * x)
+        kl_coef = next_kl_coef(kl_coef, kls[-1], target=0.25, rate=0.5)
+    assert max(kls) > 0.8  # the weight began too small
+    assert kls[-50:] == pytest.approx([0.25] * 50, rel=0.02)
+    assert kl_coef == pytest.approx(0.5, rel=0.05)  # (x - 1) + 2 c x = 0 at x = 0.5

@@ -199,6 +199,19 @@ def test_several_rewards_and_evaluations_have_their_own_curves(tmp_path):
     assert chart(data, "Reward").keys() == {"held-out prompts (long)", "held-out prompts (short)"}
 
 
+def test_what_the_guards_measured_has_charts(tmp_path):
+    rollouts = {"images/contrast": 0.2, "images/colour_entropy": 2.5, "images_vs_base/contrast": -2.5}
+    numbers = {"guard/alarms": 1, "kl": 0.02, "kl_coef": 0.1, "divergence": 0.03, "eval_images/colour_entropy": 2.4}
+    (tmp_path / "log.jsonl").write_text(json.dumps({**rollouts, **numbers, "step": 1}))
+    data = read(tmp_path).data
+    assert chart(data, "Statistics of rollouts").keys() == {"contrast"}
+    assert chart(data, "Colour entropy").keys() == {"rollouts", "held-out prompts"}
+    assert chart(data, "Rollouts against the base model").keys() == {"contrast"}
+    for title in ("Signs out of range", "Weight of the KL term", "Distance to the base model"):
+        assert len(chart(data, title)) == 1
+    assert not data["more"]
+
+
 def test_before_and_after_stand_at_the_top(whole_run):
     page = write_report(whole_run).read_text(encoding="utf-8")
     assert '<span class="from">0.250</span> &rarr; 0.650 <span class="change up">+0.400</span>' in page

@@ -647,6 +647,32 @@ def group_mean(
     return (weights * values).sum() / _num_groups(group_index, group_sizes, num_groups)
 
 
+def next_kl_coef(kl_coef: float, kl: float, *, target: float, rate: float) -> float:
+    r"""
+    Weight of the KL term after one step towards a target.
+
+    \\( \beta_{t+1} = \beta_t (1 + K \, e_t) \\) with \\( e_t = \mathrm{clip}((\mathrm{KL}_t - \mathrm{KL}^*) /
+    \mathrm{KL}^*, -0.2, 0.2) \\): Ziegler et al., Fine-Tuning Language Models from Human Preferences
+    ([1909.08593](https://huggingface.co/papers/1909.08593)), Section 2.2, with \\( K = 0.1 \\) there.
+
+    Args:
+        kl_coef (`float`):
+            The weight, above 0.
+        kl (`float`):
+            What was measured with it. Where it is no finite number, the weight stays.
+        target (`float`):
+            What it should be, above 0.
+        rate (`float`):
+            \\( K \\), in (0, 5): a step changes the weight by at most \\( 0.2 K \\) times itself.
+
+    Returns:
+        `float`.
+    """
+    if not math.isfinite(kl):
+        return kl_coef
+    return kl_coef * (1 + rate * min(max((kl - target) / target, -0.2), 0.2))
+
+
 def _mean_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().flatten(1).mean(1).clamp(min=1e-5)
 

@@ -166,11 +166,24 @@ _CHARTS = [
     ("Loss", r"loss", ""),
     ("Objective", r"objective", "mean of -log sigmoid(-score)"),
     ("KL to the base model", r"kl", "squared velocity difference"),
+    ("Weight of the KL term", r"kl_coef", "moved to hold kl_target"),
+    ("Distance to the base model", r"divergence", "squared difference of predictions, same levels and noise"),
     ("Gates", r"gate_mean|clip_ratio", "0.5 where policy and reference agree"),
     ("Groups without a preference", r"frac_reward_zero_std", "part of a round's groups"),
     ("Spread of rewards within groups", r"reward_std", "standard deviation"),
-    ("Statistics of evaluation images", rf"{_EVAL}images/.+", "a reward that is gamed shows here first"),
-    ("Statistics of rollouts", r"images/.+", ""),
+    (
+        "Rollouts against the base model",
+        r"images_vs_base/.+",
+        "in deviations of its pictures; guards warn beyond 2 and of some",
+    ),
+    ("Signs out of range", r"guard/alarms", "of the guard of pictures"),
+    (
+        "Statistics of evaluation images",
+        rf"{_EVAL}images/(?!colour_entropy).+",
+        "a reward that is gamed shows here first",
+    ),
+    ("Statistics of rollouts", r"images/(?!colour_entropy).+", ""),
+    ("Colour entropy", rf"(?:{_EVAL})?images/colour_entropy", "bits"),
     ("Seconds by phase", r"time/.+", "of a step"),
     ("Learning rate", r"learning_rate", ""),
     ("Gradient norm", r"grad_norm", "before clipping"),
@@ -217,6 +230,8 @@ def _label(title: str, name: str) -> str:
     if title == "Reward":
         held_out = re.fullmatch(r"eval_(?:(.+)_)?reward", name)
         return "rollouts" if held_out is None else f"held-out prompts{f' ({held_out[1]})' if held_out[1] else ''}"
+    if title == "Colour entropy":
+        return "held-out prompts" if name.startswith("eval_") else "rollouts"
     if title == "Each reward":
         return ("held-out " if name.startswith("eval_") else "") + re.sub(r"(.*_)?rewards/(.+)/mean", r"\2", name)
     if "/" in name:

@@ -1,4 +1,4 @@
-"""Evaluation noise is a function of prompt and number; image statistics say what they are named for."""
+"""Evaluation noise is a function of prompt and number; grids and numbers hold what was given."""
 
 import pytest
 import torch
@@ -7,9 +7,8 @@ from trl_dgpo.evaluation import (
     evaluation_latents,
     evaluation_metrics,
     image_grid,
-    image_statistics,
-    measure_images,
 )
+from trl_dgpo.image_measures import measure_images
 from trl_dgpo.rewards.scoring import Scores
 
 
@@ -45,27 +44,6 @@ def test_drawing_latents_leaves_the_global_generator_alone():
 
 def flat(*colours):
     return torch.stack([torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8) for colour in colours])
-
-
-@pytest.mark.parametrize(
-    ("images", "expected"),
-    [
-        (flat((0, 0, 0)), {"darkness": 1, "contrast": 0, "saturation": 0, "colour_spread": 0}),
-        (flat((255, 255, 255)), {"darkness": 0, "contrast": 0, "saturation": 0, "colour_spread": 0}),
-        (flat((255, 0, 0)), {"darkness": 0, "contrast": 0, "saturation": 1, "colour_spread": 0}),
-        (flat((0, 0, 255)), {"darkness": 1, "contrast": 0, "saturation": 1, "colour_spread": 0}),
-        (flat((0, 0, 0), (255, 255, 255)), {"darkness": 0.5, "contrast": 0, "saturation": 0, "colour_spread": 0.5}),
-    ],
-)
-def test_statistics_of_flat_pictures(images, expected):
-    assert image_statistics(measure_images(images)) == pytest.approx(expected, abs=1e-6)
-
-
-def test_contrast_is_within_a_picture():
-    half = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    half[..., :4] = 255
-    assert image_statistics(measure_images(half))["contrast"] == pytest.approx(0.5)
-    assert image_statistics(measure_images(half))["darkness"] == pytest.approx(0.5)
 
 
 def test_grid_has_a_row_a_model_and_a_column_a_prompt():

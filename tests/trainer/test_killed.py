@@ -74,6 +74,8 @@ def trainer_of(output: Path, **config):
             "old_policy_after": 1,
             "clip_range": 1e-3,
             "kl_coef": 0.1,
+            "kl_target": 1e-3,
+            "kl_target_rate": 2.0,
             "beta": 1e4,
             "learning_rate": 1e-2,
             "lr_scheduler_type": "linear",

@@ -36,6 +36,22 @@ def test_two_processes_learn_what_one_learns(two, tmp_path):
     assert (folder / "learn" / "pytorch_lora_weights.safetensors").is_file()
 
 
+def test_two_processes_hold_a_kl_and_guard_as_one(two, tmp_path):
+    folder, _ = two
+    hold(tmp_path / "hold")
+    one, first, second = (
+        json.loads(file.read_text())
+        for file in (tmp_path / "hold.0.json", folder / "hold.0.json", folder / "hold.1.json")
+    )
+    assert first == second
+    assert first["told"] == one["told"] != []
+    for name in ("kl_coef", "divergence", "shifts"):
+        assert first[name] == pytest.approx(one[name], rel=1e-3, abs=1e-3), name
+    assert one["kl_coef"][1] != one["kl_coef"][0]
+    assert one["divergence"][0] > 1e-3
+    assert one["step"] == first["step"] == 3  # both end together
+
+
 def test_what_scoring_raises_in_one_process_ends_both(two):
     folder, stderr = two
     first, second = (json.loads((folder / f"fail.{rank}.json").read_text()) for rank in range(2))
@@ -97,6 +113,42 @@ def learn(output: Path) -> None:
     Path(f"{output}.{rank}.json").write_text(json.dumps(trainer.state.log_history))
 
 
+def hold(output: Path) -> None:
+    from tiny_trainers import scramble, tiny_trainer
+
+    from trl_dgpo.guards import MEMORY
+
+    def rising(images, trainer_state, **kwargs):
+        return [trainer_state.global_step + i / 10 for i in range(len(images))]
+
+    trainer = tiny_trainer(
+        output,
+        reward_funcs=rising,
+        num_generations=3,  # a group lies on both
+        prompts_per_round=2,
+        max_steps=5,
+        kl_coef=0.1,
+        kl_target=0.01,
+        divergence_rounds=1,
+        image_guard="stop",
+    )
+    scramble(trainer)
+    decode = trainer.backbone.decode
+
+    def flat(latents):
+        images = decode(latents)
+        return images if trainer.state.global_step == 0 else (110 + images.float() / 10).to(torch.uint8)
+
+    trainer.backbone.decode = flat
+    trainer.train()
+    history = trainer.state.log_history
+    report = {name: [entry[name] for entry in history if name in entry] for name in ("kl_coef", "divergence")}
+    shifts = [v for entry in history for name, v in entry.items() if name.startswith("images_vs_base/")]
+    report |= {"shifts": shifts, "told": trainer.state.stateful_callbacks[MEMORY]["told"]}
+    report["step"] = trainer.state.global_step
+    Path(f"{output}.{trainer.args.process_index}.json").write_text(json.dumps(report))
+
+
 if __name__ == "__main__":
-    for part in (learn, fail):
+    for part in (learn, fail, hold):
         part(Path(sys.argv[1]) / part.__name__)

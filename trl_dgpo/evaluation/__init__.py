@@ -1,11 +1,12 @@
 """
-Held-out prompts under fixed noise: the latents of an evaluation, and what can be told of its images without a model.
+Held-out prompts under fixed noise: the latents of an evaluation, its numbers and its pictures.
 """
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..image_measures import image_statistics
 from ..rewards.scoring import Scores
 from ..seeding import generator
 
@@ -38,46 +39,6 @@ def evaluation_latents(prompts: list[str], num_images: int, shape: tuple[int, ..
     )
 
 
-def measure_images(images: Tensor) -> dict[str, Tensor]:
-    """
-    What [`image_statistics`] needs to know of each image.
-
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`):
-            uint8 images.
-
-    Returns:
-        `dict[str, torch.Tensor]`, `(B,)` each, in [0, 1]: `darkness` (part of the pixels whose luma is below 0.25),
-        `contrast` (standard deviation of luma), `saturation` (mean of a pixel's largest minus smallest channel), and
-        `colour` of shape `(B, 3)`, the mean colour.
-    """
-    pixels = images.float() / 255
-    luma = torch.einsum("bchw,c->bhw", pixels, torch.tensor([0.299, 0.587, 0.114], device=images.device))
-    return {
-        "darkness": (luma < 0.25).float().mean((1, 2)),
-        "contrast": luma.flatten(1).std(1, correction=0),
-        "saturation": (pixels.amax(1) - pixels.amin(1)).mean((1, 2)),
-        "colour": pixels.mean((2, 3)),
-    }
-
-
-def image_statistics(measures: dict[str, Tensor]) -> dict[str, float]:
-    """
-    Free signs of what a reward does to pictures: a run that blanks, bleaches or greys them shows here first.
-
-    Args:
-        measures (`dict[str, torch.Tensor]`):
-            Of each image, see [`measure_images`].
-
-    Returns:
-        `dict[str, float]`: the means of `darkness`, `contrast` and `saturation`, and `colour_spread`, the standard
-        deviation of the images' mean colours over the images, averaged over channels: it falls when all pictures take
-        one tint.
-    """
-    means = {name: values.mean().item() for name, values in measures.items() if name != "colour"}
-    return means | {"colour_spread": measures["colour"].std(0, correction=0).mean().item()}
-
-
 def evaluation_metrics(scores: Scores, measures: dict[str, Tensor], prefix: str = "eval") -> dict[str, float]:
     """
     The numbers of an evaluation.
@@ -86,14 +47,15 @@ def evaluation_metrics(scores: Scores, measures: dict[str, Tensor], prefix: str 
         scores ([`~trl_dgpo.rewards.scoring.Scores`]):
             Of all images.
         measures (`dict[str, torch.Tensor]`):
-            Of all images, see [`measure_images`].
+            Of all images, see [`~trl_dgpo.image_measures.measure_images`].
         prefix (`str`, *optional*, defaults to `"eval"`):
             Prefix of the names.
 
     Returns:
         `dict[str, float]` with `eval_reward`, `eval_reward_std` and `eval_reward_stderr` over images,
         `eval_rewards/<name>/mean` and `/std`, the means of what rewards gave to `log_metric`,
-        `eval_images/<statistic>` (see [`image_statistics`]), `eval_num_images` and `eval_failed`.
+        `eval_images/<statistic>` (see [`~trl_dgpo.image_measures.image_statistics`]), `eval_num_images` and
+        `eval_failed`.
 
     Raises:
         `RuntimeError`: if no image has a reward.

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..image_measures import image_statistics
 from ..seeding import generator
-from . import image_statistics
 
 
+MEASURES = ("darkness", "contrast", "saturation", "colour")  # of each image, as a suite keeps them; colour has three
 _NUM_RESAMPLES = 2000
 _COVERAGE = 0.95
 
@@ -86,7 +87,8 @@ def compare(
         scores (`dict[str, dict[str, torch.Tensor]]`):
             For each model and reward `(P, N)`: infinite where the reward failed, `NaN` where it does not apply.
         measures (`dict[str, torch.Tensor]`):
-            For each model `(P, N, 6)`: darkness, contrast, saturation and the mean colour, see [`measure_images`].
+            For each model `(P, N, 6)`: darkness, contrast, saturation and the mean colour, see
+            [`~trl_dgpo.image_measures.measure_images`].
         tags (`list[str]`, *optional*):
             Tag of each prompt.
         mean_of_tags (`bool`, *optional*, defaults to `False`):
@@ -230,8 +232,8 @@ def _described(whole: Estimate, numbers: Tensor) -> dict[str, Any]:
 
 def _statistics(measures: Tensor) -> dict[str, float]:
     flat = measures.flatten(0, 1)
-    names = ("darkness", "contrast", "saturation")
-    return image_statistics({**{name: flat[:, i] for i, name in enumerate(names)}, "colour": flat[:, 3:]})
+    *names, colour = MEASURES
+    return image_statistics({**{name: flat[:, i] for i, name in enumerate(names)}, colour: flat[:, len(names) :]})
 
 
 def _image_summary(measures: Tensor, strata: Tensor | None) -> dict[str, dict[str, Any]]:

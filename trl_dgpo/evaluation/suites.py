@@ -25,10 +25,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..image_measures import measure_images
 from ..rewards.scoring import RewardFunc, RewardScorer
 from ..run_files import written_aside
-from . import image_grid, measure_images
-from .comparison import as_markdown, compare
+from . import image_grid
+from .comparison import MEASURES, as_markdown, compare
 
 
 logger = logging.getLogger(__name__)
@@ -449,7 +450,7 @@ def _scored_by(scorer: RewardScorer) -> Callable[[Tensor, list[dict]], list[Any]
 
 def _measure(images: Tensor, rows: list[dict]) -> list[list[float]]:
     measures = measure_images(images)
-    return torch.cat([values.reshape(len(images), -1) for values in measures.values()], 1).double().tolist()
+    return torch.cat([measures[name].reshape(len(images), -1) for name in MEASURES], 1).double().tolist()
 
 
 def _versions() -> dict[str, list[str]]:

@@ -49,7 +49,8 @@ from ..callbacks import (
 from ..checkpoints import rotate
 from ..ddpo_compat import DDPOFields, GRPOFields, PromptStream
 from ..engines import ENGINES, check_engine
-from ..evaluation import evaluation_latents, evaluation_metrics, measure_images
+from ..evaluation import evaluation_latents, evaluation_metrics
+from ..guards import HeldOutGuard
 from ..hub import (
     RunDescription,
     is_repo_id,
@@ -58,6 +59,7 @@ from ..hub import (
     upload,
     write_model_card,
 )
+from ..image_measures import measure_images
 from ..policy import Adapter, Policy, lora_config, read_adapter, take_adapter
 from ..prompt_embeds import precompute
 from ..rewards.scoring import RewardFunc, RewardScorer, Scores
@@ -182,6 +184,7 @@ class DiffusionTrainer(_BaseTrainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback)
         self._add_pictures()
+        self._watch_evaluations()
         own_steps = args.max_steps // args.num_adapters
         if args.max_steps > 0 and own_steps < args.ema_every and "ema" in self.policy.views:
             logger.warning(
@@ -234,6 +237,13 @@ class DiffusionTrainer(_BaseTrainer):
         if rows := _first_rows(dataset, args.num_log_images):
             score = _unscored if scorer is None else partial(self._score, scorer)
             self.add_callback(SampleImagesCallback(self.generate, score, rows, self.trackers, args.log_images_steps))
+
+    def _watch_evaluations(self) -> None:
+        args = self.args
+        if prefixes := list(_named(self.eval_dataset, "eval")):
+            metric = args.metric_for_best_model or f"{prefixes[0]}_reward"
+            metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+            self.add_callback(HeldOutGuard(metric, args.greater_is_better is not False, args.early_stopping_patience))
 
     def describe(self) -> dict[str, Any]:
         """
@@ -659,7 +669,11 @@ class DiffusionTrainer(_BaseTrainer):
         self.policy.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        logger.info("Loading the best model from %s (%s).", self.state.best_model_checkpoint, self.state.best_metric)
+        logger.info(
+            "The best model of the run is loaded: `%s` was %.4g at step %s (%s).",
+            *(self.args.metric_for_best_model, self.state.best_metric, self.state.best_global_step),
+            self.state.best_model_checkpoint,
+        )
         self.policy.load(self.state.best_model_checkpoint)
 
     # -- the Hub ------------------------------------------------------------------------------------------------------

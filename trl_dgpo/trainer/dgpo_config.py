@@ -114,6 +114,13 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         kl_coef (`float`, *optional*, defaults to `0.001`):
             Weight of the squared velocity difference to the frozen base model. 0 for none. With `"logsigmoid"` it is
             multiplied by `beta`, to mean the same.
+        kl_target (`float`, *optional*):
+            Hold the logged `kl` here: `kl_coef`, above 0, is then where its weight starts, which moves after each
+            optimiser step ([`~trl_dgpo.losses.next_kl_coef`]) and is logged as `kl_coef`. In the units of `kl`, which
+            a run without a target shows.
+        kl_target_rate (`float`, *optional*, defaults to `0.1`):
+            How fast that weight moves, in (0, 5): in each step by at most a fifth of this, as a share of itself, which
+            is 2 % by default. A short run needs more.
         clip_range (`float`, *optional*, defaults to `1e-3`):
             Clip of \\( \exp(d^{\mathrm{old}} - d) \\), see [`~trl_dgpo.losses.clip_errors`]. `None` or 0 for no clip,
             which saves a forward a level.
@@ -211,6 +218,22 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             Images of each evaluation prompt.
         eval_on_start (`bool`, *optional*, defaults to `True`):
             Evaluate before the first step, where there is an `eval_dataset`.
+
+        > Parameters that control the guards
+
+        image_guard (`str`, *optional*, defaults to `"warn"`):
+            Measure each round's pictures against the base model's (contrast, edges, colours, near duplicates), log it,
+            and `"warn"` where they leave its range, or `"stop"` then if the reward has risen, with a checkpoint;
+            `"off"` measures nothing. See [`~trl_dgpo.guards.ImageGuard`]. Saved pictures are not measured.
+        divergence_rounds (`int`, *optional*, defaults to `10`):
+            Rounds between two measures of the distance to the base model, logged as `divergence`: the mean squared
+            difference of both predictions, on one image of each of eight groups, at four levels, whatever `kl_coef`
+            is. 0 for none; none either where the base is not at hand, which is so in full fine-tuning, and where
+            training goes on from a LoRA, unless the loss uses it.
+        early_stopping_patience (`int`, *optional*):
+            Evaluations after the best one, by `metric_for_best_model`, at which training stops. With an `eval_dataset`
+            a warning is given in any case where that metric falls while the training reward rises
+            ([`~trl_dgpo.guards.HeldOutGuard`]).
 
         > Parameters that control what people look at
 
@@ -329,6 +352,8 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     )
     loss_type: str = field(default="surrogate", metadata={"help": "'surrogate' or 'logsigmoid'."})
     kl_coef: float = field(default=0.001, metadata={"help": "Weight of the squared velocity difference to the base."})
+    kl_target: float | None = field(default=None, metadata={"help": "The `kl` that its weight is moved to hold."})
+    kl_target_rate: float = field(default=0.1, metadata={"help": "How fast the weight moves to hold `kl_target`."})
     clip_range: float | None = field(
         default=1e-3, metadata={"help": "Clip of the error ratio to the old policy. 0 for none."}
     )
@@ -385,6 +410,21 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     )
     eval_num_images: int = field(default=1, metadata={"help": "Images of each evaluation prompt."})
 
+    # Parameters that control the guards
+    image_guard: str = field(
+        default="warn",
+        metadata={
+            "help": "What happens where pictures leave the base model's range.",
+            "choices": ["warn", "stop", "off"],
+        },
+    )
+    divergence_rounds: int = field(
+        default=10, metadata={"help": "Rounds between two measures of the distance to the base model. 0 for none."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations after the best one at which training stops."}
+    )
+
     # Parameters that control what people look at
     num_log_images: int = field(
         default=8, metadata={"help": "Prompts that are drawn through training under fixed noise. 0 for none."}
@@ -426,7 +466,10 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         self.scale_rewards = {"true": "group", "false": "none"}.get(self.scale_rewards, self.scale_rewards)
         if self.width is None:
             self.width = self.resolution
-        if (self.load_best_model_at_end or self.save_strategy == "best") and self.metric_for_best_model is None:
+        wants_best = (
+            self.load_best_model_at_end or self.save_strategy == "best" or self.early_stopping_patience is not None
+        )
+        if wants_best and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_reward"  # Trainer's own default is a loss, which no evaluation has
         if self.activation_checkpointing is None:
             # Its old name, in which TRL's default stands, warns.
@@ -443,6 +486,11 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             self.eval_guidance_scale = self.sample_guidance_scale
         check_installed(self.deepspeed)
         super().__post_init__()
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise ValueError(
+                f"`early_stopping_patience` is {self.early_stopping_patience} evaluations, and `eval_strategy` is "
+                "'no'. Set `eval_strategy='steps'` and `eval_steps`, and give an `eval_dataset`."
+            )
         self._check_split(given_batch_size, given_accumulation)
         finish_names(self)
 
@@ -571,6 +619,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         _check_choice("reference", self.reference, ("frozen", "old", "refreshed"))
         _check_choice("timestep_sampling", self.timestep_sampling, ("grid", "continuous"))
         _check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none", "sign"))
+        _check_choice("image_guard", self.image_guard, ("warn", "stop", "off"))
         _check_choice(
             "multi_objective_aggregation",
             self.multi_objective_aggregation,
@@ -599,6 +648,21 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
                 raise ValueError(f"`{name}` is {value}; it must be above 0{'; None turns it off' * optional}.")
         if not self.kl_coef >= 0:
             raise ValueError(f"`kl_coef` is {self.kl_coef}; it must be 0 (no KL term) or more.")
+        if self.kl_target is not None and not (0 < self.kl_target < math.inf):
+            raise ValueError(
+                f"`kl_target` is {self.kl_target}; it is a mean squared difference and must be above 0 and finite. "
+                "None for a fixed `kl_coef`."
+            )
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError(
+                f"`kl_target` is {self.kl_target} and `kl_coef` is 0, where its weight would start and stay. Set "
+                "`kl_coef`, such as 0.001."
+            )
+        if not 0 < self.kl_target_rate < 5:
+            raise ValueError(
+                f"`kl_target_rate` is {self.kl_target_rate}; it must be above 0 and below 5. The weight changes by at "
+                "most a fifth of this, as a share of itself, in each step."
+            )
         if self.beta < 1 and self.reads_reference:
             default = self.__dataclass_fields__["beta"].default
             warnings.warn(
@@ -630,6 +694,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             "max_workers",
             "log_images_steps",
             "num_completions_to_print",
+            "early_stopping_patience",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -639,8 +704,9 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
                 f"`reward_timeout` is {self.reward_timeout}; it is a number of seconds and must be above 0, `inf` for "
                 "no limit."
             )
-        if self.num_log_images < 0:
-            raise ValueError(f"`num_log_images` is {self.num_log_images}; it must be 0 (none) or more.")
+        for name in ("num_log_images", "divergence_rounds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be 0 (none) or more.")
         if self.old_policy_after is not None and self.old_policy_after < 0:
             raise ValueError(
                 f"`old_policy_after` is {self.old_policy_after}; it is a number of optimiser steps, 0 or more. None "

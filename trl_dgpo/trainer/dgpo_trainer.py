@@ -40,7 +40,8 @@ from ..backbones import to_device
 from ..callbacks import whole_round
 from ..ddpo_compat import DDPOTrainerNames, modern_call
 from ..evaluation import nanstd
-from ..losses import GroupLoss, clip_errors, denoising_error, dgpo_loss, group_mean, group_scores
+from ..guards import ImageGuard
+from ..losses import GroupLoss, clip_errors, denoising_error, dgpo_loss, group_mean, group_scores, next_kl_coef
 from ..noising import continuous_levels, trainable_levels
 from ..rewards.scoring import ConstantWatch, FailureWindow, RewardFunc, RewardScorer, Scores
 from ..rollout import GroupRolloutBuffer, Rollout, ScoredImages
@@ -63,12 +64,14 @@ logger = logging.getLogger(__name__)
 # Names in the log that a reward cannot give to numbers of its own.
 _OWN_METRICS = {
     *("loss", "learning_rate", "grad_norm", "epoch", "step", "objective", "gate_mean", "clip_ratio", "kl"),
-    *("ratio_mean", "approx_kl", "drift_ratio"),
+    *("kl_coef", "divergence", "ratio_mean", "approx_kl", "drift_ratio"),
     *("reward", "reward_std", "frac_reward_zero_std", "rewards_failed", "advantage_clip_ratio"),
     *("num_pairs", "pair_margin"),
 }
-_OWN_PREFIXES = ("rewards/", "time/", "loss/", "eval_", "train_")
+_OWN_PREFIXES = ("rewards/", "time/", "loss/", "eval_", "train_", "images/", "images_vs_base/", "guard/")
 
+_KL_COEF = "trl_dgpo.kl_coef"  # where Trainer's state keeps it, beside what callbacks keep
+_DIVERGENCE_GROUPS, _DIVERGENCE_LEVELS = 8, 4
 _LATENT_TOLERANCE = 16  # mean difference of a picture and its decoded latent; a JPEG's is below 5
 
 
@@ -224,6 +227,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         self.buffer = GroupRolloutBuffer(self._record_type)
         self._work: deque[tuple[Part, Fixed, MicroBatch, int]] = deque()
         self._failures, self._constants = FailureWindow(), ConstantWatch()
+        self._step_kls: list[Tensor] = []  # of the optimiser step
         super().__init__(
             model=call.model,
             args=args,
@@ -240,6 +244,8 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         self._warned_of_size = False
         if self.saved is not None:
             self._check_saved_latent()
+        if self.args.image_guard != "off" and self.saved is None:  # saved pictures tell nothing of the policy
+            self.add_callback(ImageGuard(self._log_metric, stops=self.args.image_guard == "stop"))
         self._levels = self._train_levels(self.args)
         self._group_index, self._number_in_group = local_rollouts(
             args.prompts_per_round,
@@ -356,6 +362,7 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         super()._forget()
         self.buffer.clear()
         self._work.clear()
+        self._step_kls.clear()
         self._failures, self._constants = FailureWindow(), ConstantWatch()
 
     def compute_loss(
@@ -377,9 +384,27 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
                 divergence = denoising_error(prediction, self._base_prediction(fixed, rows, level))
                 kl = batch.share * group_mean(self._kl(divergence, part, level), batch.group_index, **batch.sizes)
             # "logsigmoid" has a factor beta in its gradient; the KL term gets it too, to weigh the same.
-            loss = loss + args.kl_coef * (args.beta if args.loss_type == "logsigmoid" else 1.0) * kl
+            loss = loss + self.kl_coef * (args.beta if args.loss_type == "logsigmoid" else 1.0) * kl
             self._metrics["kl"].append(kl.detach())
+            if args.kl_target is not None:
+                self._step_kls.append(kl.detach())
         return loss
+
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL term: that of `args`, or where the controller of `kl_target` has moved it."""
+        return self.state.stateful_callbacks.get(_KL_COEF, self.args.kl_coef)
+
+    def end_update(self) -> None:
+        """Move the KL term's weight where it holds a target."""
+        if self._step_kls:  # not in a step of a method whose loss then has no such term
+            args, kl = self.args, torch.stack(self._step_kls).mean()
+            self._step_kls.clear()
+            self._metrics["kl_coef"].append(self.kl_coef)
+            kl = self.accelerator.reduce(kl, "mean").item()
+            moved = next_kl_coef(self.kl_coef, kl, target=args.kl_target, rate=args.kl_target_rate)
+            self.state.stateful_callbacks[_KL_COEF] = moved
+        super().end_update()
 
     def _errors(self, prediction: Tensor, target: Tensor, fixed: Fixed, batch: MicroBatch, level: int) -> Tensor:
         """The errors that are learned from."""
@@ -662,6 +687,42 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         self.buffer.fill(rollout.to(self.args.device), round)
         self._stopwatch.start("show")
         self._show(scored)
+        every = self.args.divergence_rounds
+        if every and round and round % every == 0 and "base" in self.policy.kept_views:  # the first has none
+            self._metrics["divergence"].append(self._divergence())
+
+    def _divergence(self) -> Tensor:
+        """
+        Squared distances of the policy's predictions to the base's: of each level, for the first image of each of the
+        round's first groups; `NaN` for one that stands for those which other processes have.
+
+        Levels and noise are the same in every round, and nothing is drawn from a stream that training draws from.
+        """
+        args, rollout, size = self.args, self.buffer.record, self._rows_without_gradient(1.0)
+        grid = self.backbone.sigmas(args.sample_num_steps)
+        numbers = torch.linspace(0, len(grid) - 1, min(_DIVERGENCE_LEVELS, len(grid))).round().long()
+        distances = []
+        for start in range(0, _DIVERGENCE_GROUPS, size):  # as many forwards in every process
+            groups = range(start, min(start + size, _DIVERGENCE_GROUPS))
+            rows = [
+                row
+                for row, (group, number) in enumerate(zip(rollout.group_index, rollout.number_in_group, strict=True))
+                if number == 0 and group in groups
+            ]
+            here = to_device(torch.tensor(rows or [0]), args.device)
+            keys = [(group,) for group in rollout.group_index[rows or [0]].tolist()]
+            of_group = to_device(rollout.local_index[rows or [0]], args.device)
+            conditioning = {name: values[of_group] for name, values in rollout.conditioning.items()}
+            for number, level in enumerate(grid[numbers].tolist()):
+                noise = to_device(self._draw(("divergence", number), keys), args.device)
+                x_t, predictions = self.backbone.noise(rollout.x0[here], noise, level), []
+                for view in ("base", None):
+                    with self.policy.using(view), torch.no_grad(), evaluating(self.policy.model):
+                        with self.accelerator.autocast():
+                            predictions.append(self.backbone.predict(x_t, level, conditioning))
+                distance = denoising_error(*predictions)
+                distances.append(distance if rows else torch.full_like(distance, torch.nan))
+        return torch.cat(distances)
 
     def _scored_round(self, round: int, view: str | None = None) -> tuple[Rollout, ScoredImages]:
         """This process's rollouts of a round from a view, as they are trained on and as they are looked at."""
@@ -878,6 +939,10 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
         return normalize_then_sum(
             torch.stack([*by_name.values()]), self.scorer.weights, group_index, valid=~rewards.isnan()
         )
+
+    def _log_metric(self, name: str, value: float) -> None:
+        """A number for the next log, the same in every process."""
+        self._metrics[name].append(value)
 
     def _log_rewards(
         self,
