@@ -28,6 +28,7 @@ SEED = 0
         pytest.param(2, 1, id="2-processes-once"),
         pytest.param(1, 10, id="1-process-10-times", marks=pytest.mark.slow),
         pytest.param(2, 10, id="2-processes-10-times", marks=pytest.mark.slow),
+        pytest.param(1, 100, id="1-process-100-times", marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_random_moments_and_resumed_is_never_killed(tmp_path, processes, kills):
@@ -35,6 +36,7 @@ def test_killed_at_random_moments_and_resumed_is_never_killed(tmp_path, processe
     print(json.dumps(report))
     assert len(report["kills"]) == kills
     assert all(kill["last_checkpoint"] >= kill["last_checkpoint_before"] for kill in report["kills"])
+    assert all(kill["is_whole"] for kill in report["kills"])
     assert report["equal"] == [True] * processes
 
 
@@ -150,17 +152,25 @@ def last_step(output: Path) -> int:
 
 
 def kill(tmp_path: Path, processes: int, kills: int) -> dict:
+    from trl_dgpo.checkpoints import damage
+
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    seconds = finish(processes, whole)
+    # Where there are many kills, a run of many short steps, of which each start gets on by few.
+    steps, config = 7, {}
+    if kills > 10:
+        steps, config = 60, {"max_steps": 60, "num_generations": 2, "prompts_per_round": 2, "eval_steps": 5}
+        config["save_steps"] = 1
+        config["load_best_model_at_end"] = False
+    seconds = finish(processes, whole, **config)
     stream, done = random.Random(SEED), []
     while len(done) < kills:
         before = last_step(killed)
         began = time.monotonic()
-        children = start(processes, killed)
+        children = start(processes, killed, **config)
         while len(list(killed.glob("begun-*"))) < processes and time.monotonic() < began + 60:
             time.sleep(0.005)
         # At any moment of what is left of the training, so in the end at many of the whole.
-        time.sleep(stream.uniform(0.0, 0.7) * seconds * (1 - before / 7))
+        time.sleep(stream.uniform(0.0, 0.7) * seconds * min(1 - before / steps, 3 / steps if config else 1))
         for child in children:
             os.kill(child, signal.SIGKILL)
         wait(children)
@@ -169,8 +179,10 @@ def kill(tmp_path: Path, processes: int, kills: int) -> dict:
             Path(f"{killed}.0.pt").unlink()
             os.rename(killed, f"{killed}.done{len(done)}.{time.monotonic_ns()}")
             continue
-        done.append({"last_checkpoint_before": before, "last_checkpoint": last_step(killed)})
-    finish(processes, killed)
+        last = last_step(killed)
+        is_whole = last == 0 or damage(killed / f"checkpoint-{last}") is None
+        done.append({"last_checkpoint_before": before, "last_checkpoint": last, "is_whole": is_whole})
+    finish(processes, killed, **config)
     pairs = [
         (torch.load(f"{run}.{rank}.pt", weights_only=True) for run in (whole, killed)) for rank in range(processes)
     ]

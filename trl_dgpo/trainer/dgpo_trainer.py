@@ -65,7 +65,7 @@ _OWN_METRICS = {
     *("loss", "learning_rate", "grad_norm", "epoch", "step", "objective", "gate_mean", "clip_ratio", "kl"),
     *("ratio_mean", "approx_kl", "drift_ratio"),
     *("reward", "reward_std", "frac_reward_zero_std", "rewards_failed", "advantage_clip_ratio"),
-    *("num_pairs", "pair_margin"),
+    *("num_pairs", "pair_margin", "skipped_steps"),
 }
 _OWN_PREFIXES = ("rewards/", "time/", "loss/", "eval_", "train_")
 
