@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 from contextlib import contextmanager
@@ -132,6 +133,29 @@ def test_a_run_on_a_full_disk_ends_with_its_last_checkpoint(whole, tmp_path):
     again = small_trainer(tmp_path, **SAVING)
     again.train(resume_from_checkpoint=True)
     assert same(everything(again), end)
+
+
+@pytest.mark.slow
+def test_a_file_system_that_is_full(whole, tmp_path):
+    def mount(options):
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path], capture_output=True
+        ).returncode
+
+    if os.geteuid() != 0 or mount("size=1m") != 0:
+        pytest.skip("only root may mount a small file system")
+    try:
+        trainer = small_trainer(tmp_path, **SAVING)
+        with pytest.raises(OSError, match=r"checkpoint-2 could not be written .* a checkpoint takes 0\.7 MB"):
+            trainer.train()
+        assert [path.name for path in newest_first(tmp_path)] == ["checkpoint-1"]
+        assert damage(tmp_path / "checkpoint-1") is None
+        assert mount("remount,size=9m") == 0
+        again = small_trainer(tmp_path, **SAVING)
+        again.train(resume_from_checkpoint=True)
+        assert same(everything(again), whole[1])
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 # -- a damaged checkpoint ---------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class JSONService:
         timeout (`float`):
             Seconds for one try as a whole: name, connection, request and the reply's last byte.
         retries (`int`):
-            Further tries. With 8 their pauses are 92 seconds together, 69 at least; a `get` has 3 at most.
+            Further tries. With 8 their pauses are 92 seconds together, 68 at least; a `get` has 3 at most.
         max_concurrency (`int`):
             Requests under way at one time.
         api_key_env (`str`, *optional*):
