@@ -201,7 +201,7 @@ def kill(tmp_path: Path, processes: int, kills: int) -> dict:
     # Where there are many kills, a run of many short steps, of which each start gets on by few.
     steps, config = 7, {}
     if kills > 10:
-        steps, config = 40, {"max_steps": 40, "num_generations": 2, "prompts_per_round": 2, "num_log_images": 0}
+        steps, config = 120, {"max_steps": 120, "num_generations": 2, "prompts_per_round": 2, "num_log_images": 0}
         config |= {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
     seconds = finish(processes, whole, **config)
     stream, done = random.Random(SEED), []
