@@ -486,7 +486,7 @@ def what_would_fit(
     if quantized or args.full_finetuning:
         knobs.pop("load_in_4bit", None)
     least = f"What saves memory, the cheapest first: {', '.join(words({k: v}) for k, v in knobs.items())}."
-    if model is None or vram is None:
+    if not model or vram is None:
         return least
     try:
         fitted = fit(read_model(model, args, peft_config=peft_config), args, vram, quantized=quantized)

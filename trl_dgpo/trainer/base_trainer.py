@@ -638,17 +638,13 @@ class DiffusionTrainer(_BaseTrainer):
         if asked is not True:
             if (wrong := self._damage(Path(asked))) is None:
                 return os.fspath(asked)
-            others = [path for path in newest_first(Path(asked).parent) if path.name != Path(asked).name]
+            others = [path for path in self._checkpoints(Path(asked).parent) if path.name != Path(asked).name]
             whole = next((path for path in others if self._damage(path) is None), None)
-            raise ValueError(
-                f"The checkpoint {os.fspath(asked)!r} is damaged: {wrong}. "
-                + (
-                    f"The newest that is whole is {os.fspath(whole)!r}."
-                    if whole
-                    else "There is no whole one beside it."
-                )
-            )
-        found, broken = newest_first(Path(self.args.output_dir)), {}
+            way_out = "There is no whole one beside it."
+            if whole is not None:
+                way_out = f"The newest that is whole is {os.fspath(whole)!r}."
+            raise ValueError(f"The checkpoint {os.fspath(asked)!r} is damaged: {wrong}. {way_out}")
+        found, broken = self._checkpoints(Path(self.args.output_dir)), {}
         for path in found:
             if (wrong := self._damage(path)) is None:
                 for name, what in broken.items():
@@ -663,6 +659,10 @@ class DiffusionTrainer(_BaseTrainer):
             + "".join(f"; {what}" for what in broken.values())
             + ". Start anew, without `resume_from_checkpoint`."
         )
+
+    def _checkpoints(self, directory: Path) -> list[Path]:
+        """Those of a folder, newest first, as the first process sees it: all look at the same ones."""
+        return [directory / name for name in gather_object([[path.name for path in newest_first(directory)]])[0]]
 
     def _damage(self, checkpoint: Path) -> str | None:
         """What is wrong with a checkpoint, as the processes that wrote it see it, the same in all."""
