@@ -33,6 +33,8 @@ from trl_dgpo.plan import (
     plan_memory,
     read_model,
     saved_bytes,
+    what_would_fit,
+    words,
 )
 from trl_dgpo.policy import lora_config
 
@@ -631,6 +633,25 @@ def test_tiles_are_for_images_above_the_vaes_own(published):
     sizes = published[0]
     assert decoding_bytes(sizes, 128, 128, tiled=True) == decoding_bytes(sizes, 128, 128)
     assert decoding_bytes(sizes, 128, 256, tiled=True) < decoding_bytes(sizes, 128, 256)
+
+
+def test_what_is_said_to_a_run_that_ran_out_of_memory(sd35, tmp_path):
+    args = DGPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    args.bf16 = True  # planned for a GPU
+    asked = fit(read_model(sd35, args), args, 16.0)
+    assert asked.fits
+    assert asked.changes
+    needs = f"{asked.asked.total() / GIB:.2f} GiB ({asked.asked.peak_phase})"
+    assert what_would_fit(str(sd35), args, 16.0) == (
+        f"By `trl-dgpo plan` this run needs {needs} of 16.0 GiB, and fits with {words(asked.changes)}."
+    )
+    assert "something else is on the GPU" in what_would_fit(str(sd35), args, 999.0)
+    assert "no configuration of it fits 1.0 GiB" in what_would_fit(str(sd35), args, 1.0)
+    knobs = "What saves memory, the cheapest first: --decode_batch_size 1, --per_device_train_batch_size 12,"
+    for model, vram in ((None, 16.0), (str(sd35), None), (str(tmp_path), 16.0)):
+        assert what_would_fit(model, args, vram).startswith(knobs)
+    assert "There is no plan: " in what_would_fit(str(tmp_path), args, 16.0)
+    assert "--load_in_4bit" not in what_would_fit(None, args, None, quantized=True)
 
 
 def test_a_plan_fits_a_terminals_width(published):

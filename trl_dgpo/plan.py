@@ -458,6 +458,51 @@ def fit(sizes: ModelSizes, args: Any, vram: float, *, quantized: bool = False) -
     return Fit(vram, asked, plan(changes), changes, tuple(options), largest)
 
 
+def what_would_fit(
+    model: str | None, args: Any, vram: float | None, peft_config: LoraConfig | None = None, *, quantized: bool = False
+) -> str:
+    """
+    What to say to a run that ran out of memory.
+
+    Args:
+        model (`str`, *optional*):
+            What [`read_model`] can read, if the run has it.
+        args ([`DGPOConfig`]), quantized (`bool`):
+            See [`plan_memory`].
+        vram (`float`, *optional*):
+            The GPU's memory in GiB, if there is one.
+        peft_config (`~peft.LoraConfig`, *optional*):
+            The run's adapter.
+
+    Returns:
+        `str`: flags that would make it fit by a plan; where none can be made, all that saves, the cheapest first.
+    """
+    knobs = {
+        **{name: max(1, size // 2) for name in _BATCH_SIZES if (size := getattr(args, name)) not in (None, 1)},
+        **{name: value for name, (value, _) in _SWITCHES.items() if getattr(args, name, None) != value},
+    }
+    if args.decode_batch_size is None:
+        knobs = {"decode_batch_size": 1, **knobs}
+    if quantized or args.full_finetuning:
+        knobs.pop("load_in_4bit", None)
+    least = f"What saves memory, the cheapest first: {', '.join(words({k: v}) for k, v in knobs.items())}."
+    if not model or vram is None:
+        return least
+    try:
+        fitted = fit(read_model(model, args, peft_config=peft_config), args, vram, quantized=quantized)
+    except (ValueError, OSError) as error:
+        return f"{least} (There is no plan: {error})"
+    need = f"{_gib(fitted.asked.total()):.2f} GiB ({fitted.asked.peak_phase})"
+    if fitted.fits and fitted.changes:
+        return f"By `trl-dgpo plan` this run needs {need} of {vram:.1f} GiB, and fits with {words(fitted.changes)}."
+    if fitted.fits:
+        return (
+            f"By `trl-dgpo plan` this run needs {need} of {vram:.1f} GiB: something else is on the GPU, such as a "
+            f"reward's model or another process. {least}"
+        )
+    return f"By `trl-dgpo plan` this run needs {need}, and no configuration of it fits {vram:.1f} GiB. {least}"
+
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 

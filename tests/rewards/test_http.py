@@ -92,6 +92,13 @@ def test_waits_double():
     assert len(set(waits)) == 3
 
 
+def test_whether_a_server_is_there_is_asked_four_times_at_most():
+    with faults(reply(b"", 500)) as server:
+        with pytest.raises(ServiceUnavailableError, match="in 4 tries"):
+            service(server, retries=8).get("/health")
+        assert len(server.requests) == 4
+
+
 @pytest.mark.parametrize(("asked", "waited"), [("0.3", 0.3), ("9" * 9, 0.2), ("-1", 0.0), ("nan", 0.0), ("inf", 0.0)])
 def test_retry_after_is_kept_within_bounds(monkeypatch, asked, waited):
     monkeypatch.setattr(http, "_MAX_RETRY_AFTER", 0.5 if waited == 0.3 else 0.2)

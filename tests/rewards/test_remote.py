@@ -16,6 +16,7 @@ import threading
 import time
 import tracemalloc
 import zlib
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 
@@ -250,6 +251,35 @@ def test_a_server_that_goes_and_comes_back(caplog):
         FailureWindow().update(torch.isnan(torch.tensor(rewards)))
     with running(make_server(kilobytes, port=port)):
         assert client(prompts, images) == kilobytes(prompts, images)
+
+
+def test_a_server_that_is_gone_for_a_minute_costs_no_reward(monkeypatch):
+    # Fifty times as fast as it is by default, so that the tries take 1.4 s at least.
+    monkeypatch.setattr(client_http, "_BACKOFF", 0.01)
+    monkeypatch.setattr(client_http, "_MAX_BACKOFF", 0.6)
+    prompts, images = ["p"] * 4, noise(4)
+    with served(kilobytes) as server:
+        port = server.server_port
+    client, began = RemoteReward(f"http://127.0.0.1:{port}"), time.monotonic()
+    with ExitStack() as stack:
+        back = threading.Timer(0.5, lambda: stack.enter_context(running(make_server(kilobytes, port=port))))
+        back.start()
+        assert client(prompts, images) == kilobytes(prompts, images)
+        back.join()
+    assert time.monotonic() - began > 0.5
+
+
+def test_the_waits_of_the_default_outlast_a_minute(monkeypatch):
+    waits = []
+
+    async def no_wait(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr(client_http, "_BACKOFF", 0.5)
+    monkeypatch.setattr(client_http.random.Random, "uniform", lambda self, low, high: low)
+    monkeypatch.setattr(client_http.asyncio, "sleep", no_wait)
+    assert math.isnan(RemoteReward("http://127.0.0.1:1")(["p"], noise(1))[0])
+    assert sum(waits) > 60
 
 
 def test_only_the_lost_part_is_nan():

@@ -223,3 +223,17 @@ def test_gpos_learning_rate_depends_on_what_is_trained(tmp_path):
 def test_a_command_line_can_turn_off_what_none_turns_off(tmp_path):
     args = DGPOConfig(output_dir=str(tmp_path), clip_range=0.0, advantage_clip=0.0, old_policy_after=-1)
     assert args.clip_range is args.advantage_clip is args.old_policy_after is None
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"max_skipped_steps": 0}, "`max_skipped_steps` is 0; it must be at least 1"),
+        ({"skip_grad_norm": 0.0}, "`skip_grad_norm` is 0.0; it must be above 0"),
+        ({"skip_grad_norm": float("nan")}, "`skip_grad_norm` is nan; it must be above 0"),
+        ({"enable_jit_checkpoint": True}, "SIGTERM is answered without it"),
+    ],
+)
+def test_how_faults_are_met(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, **config)

@@ -509,6 +509,7 @@ def test_a_checkpoint_that_lacks_one_of_them(tmp_path):
     trainer.args.max_steps = 1
     trainer.train()
     (tmp_path / "whole" / "checkpoint-1" / "fake" / "adapter_model.safetensors").unlink()
+    (tmp_path / "whole" / "checkpoint-1" / "manifest.json").unlink()  # as of a version that wrote none
     with pytest.raises(FileNotFoundError, match="fake"):
         long_trainer(tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
 

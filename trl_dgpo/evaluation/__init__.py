@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..image_measures import image_statistics
-from ..rewards.scoring import Scores
+from ..rewards.scoring import RewardsFailedError, Scores
 from ..seeding import generator
 
 
@@ -58,13 +58,13 @@ def evaluation_metrics(scores: Scores, measures: dict[str, Tensor], prefix: str 
         `eval_failed`.
 
     Raises:
-        `RuntimeError`: if no image has a reward.
+        `RewardsFailedError`: if no image has a reward.
         `ValueError`: if a reward's own metric has the name of one of these.
     """
     rewards = scores.rewards
     failed = int(scores.failed.sum())
     if rewards.isnan().all():
-        raise RuntimeError(
+        raise RewardsFailedError(
             f"No evaluation image has a reward: {failed} of {len(rewards)} failed, to the others no reward applies. "
             "The log above has the reason."
         )

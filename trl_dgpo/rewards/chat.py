@@ -84,7 +84,7 @@ class ChatJudge:
             Environment variable that holds the key; it is never logged.
         timeout (`float`, *optional*, defaults to `60.0`):
             Seconds for one try as a whole.
-        retries (`int`, *optional*, defaults to `3`):
+        retries (`int`, *optional*, defaults to `8`):
             Further tries.
         max_concurrency (`int`, *optional*, defaults to `32`):
             Requests under way at one time.
@@ -108,7 +108,7 @@ class ChatJudge:
         image_format: str = "png",
         api_key_env: str | None = None,
         timeout: float = 60.0,
-        retries: int = 3,
+        retries: int = 8,
         max_concurrency: int = 32,
     ):
         if not question.strip():

@@ -35,8 +35,11 @@ IMAGE_FORMATS = ("png", "jpeg")
 
 # Statuses that may pass: the server's troubles, not the request's.
 _RETRIED = (408, 429, 500, 502, 503, 504)
-# Seconds before the first retry; doubled before each further one.
+# Seconds before the first retry; doubled before each further one, up to the second number.
 _BACKOFF = 0.5
+_MAX_BACKOFF = 30.0
+# Tries again of a `get`, by which is found out at the start whether a server is there at all.
+_GET_RETRIES = 3
 # A longer `Retry-After` is cut to this.
 _MAX_RETRY_AFTER = 30.0
 # Bytes of a reply.
@@ -72,9 +75,9 @@ class JSONService:
     Client of a server that takes and gives JSON.
 
     A request is repeated where no connection came about or one was lost, after a time-out, and for the statuses 408,
-    429, 500, 502, 503 and 504: after 0.5, 1, 2, ... seconds, each 25 % more or less, and not before the seconds that
-    the reply's `Retry-After` asks for (30 at most; a date is not read). Any other status than 200 is final. Redirects
-    are not followed, compressed replies are refused (none is asked for) and a reply may have 16 MiB.
+    429, 500, 502, 503 and 504: after 0.5, 1, 2, ... and at most 30 seconds, each 25 % more or less, and not before the
+    seconds that the reply's `Retry-After` asks for (30 at most; a date is not read). Any other status than 200 is
+    final. Redirects are not followed, compressed replies are refused (none is asked for) and a reply may have 16 MiB.
 
     Proxies are taken from the environment (`HTTP_PROXY`, `HTTPS_PROXY`, `NO_PROXY`), except for loopback addresses.
 
@@ -84,7 +87,7 @@ class JSONService:
         timeout (`float`):
             Seconds for one try as a whole: name, connection, request and the reply's last byte.
         retries (`int`):
-            Further tries.
+            Further tries. With 8 their pauses are 92 seconds together, 68 at least; a `get` has 3 at most.
         max_concurrency (`int`):
             Requests under way at one time.
         api_key_env (`str`, *optional*):
@@ -185,8 +188,9 @@ class JSONService:
         import httpx2
 
         jitter = random.Random()  # its own: the run's random numbers are not touched
-        for attempt in range(self.retries + 1):
-            wait = _BACKOFF * 2**attempt * jitter.uniform(0.75, 1.25)
+        retries = self.retries if method == "POST" else min(self.retries, _GET_RETRIES)
+        for attempt in range(retries + 1):
+            wait = min(_BACKOFF * 2**attempt, _MAX_BACKOFF) * jitter.uniform(0.75, 1.25)
             try:
                 status, headers, content = await asyncio.wait_for(_try(client, method, url, body), self.timeout)
             except asyncio.TimeoutError:
@@ -205,10 +209,17 @@ class JSONService:
                     raise ServiceError(f"{url} answered with status {status}: {excerpt}", status)
                 reason = f"status {status}: {excerpt}"
                 wait = max(wait, _retry_after(headers))
-            if attempt < self.retries:
-                logger.info("%s: %s; tried again in %.1f s.", url, reason, wait)
+            if attempt < retries:
+                # From the fourth on it takes seconds, and whoever looks at a run that stands still should know why.
+                logger.log(
+                    logging.WARNING if attempt >= 3 else logging.INFO,
+                    "%s: %s; tried again in %.1f s.",
+                    url,
+                    reason,
+                    wait,
+                )
                 await asyncio.sleep(wait)
-        raise ServiceUnavailableError(f"{url} did not serve a request in {self.retries + 1} tries; the last: {reason}")
+        raise ServiceUnavailableError(f"{url} did not serve a request in {retries + 1} tries; the last: {reason}")
 
 
 def dumps(value: Any) -> bytes:

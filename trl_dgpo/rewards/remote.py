@@ -80,7 +80,7 @@ class RemoteReward:
             Seconds for one try of one part as a whole. The server scores one part after another, so it must cover
             `max_concurrency` of them, from every process of the run. With a server that is silent, a call takes all
             its tries.
-        retries (`int`, *optional*, defaults to `3`):
+        retries (`int`, *optional*, defaults to `8`):
             Further tries.
         image_format (`str`, *optional*, defaults to `"png"`):
             `"png"` keeps every bit: the reward is what it would be here. `"jpeg"` (quality 95, colour at full
@@ -106,7 +106,7 @@ class RemoteReward:
         *,
         name: str | None = None,
         timeout: float = 60.0,
-        retries: int = 3,
+        retries: int = 8,
         image_format: str = "png",
         batch_size: int = 16,
         max_concurrency: int = 2,

@@ -534,6 +534,10 @@ class RewardOutputError(ValueError, TypeError):
     """
 
 
+class RewardsFailedError(RuntimeError):
+    """So many rewards failed that training stops: in all processes, and between two optimiser steps."""
+
+
 class FailureWindow:
     """
     Stops a run whose rewards keep failing.
@@ -560,12 +564,12 @@ class FailureWindow:
                 Failures of all processes' images, bool.
 
         Raises:
-            `RuntimeError`: if all of the batch failed, or two or more and above `max_rate` of the last images did.
+            `RewardsFailedError`: if all of the batch failed, or two or more and above `max_rate` of the last images.
         """
         self._failures = [*self._failures, *failed.tolist()][-max(self.size, len(failed)) :]
         count = sum(self._failures)
         if failed.all() or (count >= 2 and count > self.max_rate * len(self._failures)):
-            raise RuntimeError(
+            raise RewardsFailedError(
                 f"Rewards failed for {count} of the last {len(self._failures)} images ({int(failed.sum())} of the "
                 f"last {len(failed)}); training stops when all fail, or at least 2 and more than {self.max_rate:.0%}. "
                 "The log above has the reason. Mend the reward, or let it return None where it does not apply."

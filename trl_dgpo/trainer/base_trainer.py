@@ -11,9 +11,11 @@ import copy
 import dataclasses
 import json
 import logging
+import math
 import os
 import platform
 import shutil
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +31,9 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
@@ -46,10 +50,11 @@ from ..callbacks import (
     SampleImagesCallback,
     Trackers,
 )
-from ..checkpoints import rotate
+from ..checkpoints import damage, newest_first, not_written, rotate, seal
 from ..ddpo_compat import DDPOFields, GRPOFields, PromptStream
 from ..engines import ENGINES, check_engine
 from ..evaluation import evaluation_latents, evaluation_metrics
+from ..faults import StepGuard, StopSignals, check_output_dir, is_lost_process
 from ..guards import HeldOutGuard
 from ..hub import (
     RunDescription,
@@ -60,9 +65,10 @@ from ..hub import (
     write_model_card,
 )
 from ..image_measures import measure_images
+from ..plan import what_would_fit
 from ..policy import Adapter, Policy, lora_config, read_adapter, take_adapter
 from ..prompt_embeds import precompute
-from ..rewards.scoring import RewardFunc, RewardScorer, Scores
+from ..rewards.scoring import RewardFunc, RewardScorer, RewardsFailedError, Scores
 from ..run_files import aside, publish, publish_files, restore_replaced
 from ..tiny import BUNDLED, pipeline_source
 from .dgpo_config import DGPOConfig
@@ -79,6 +85,8 @@ Model = str | os.PathLike | DiffusionPipeline | PeftModel
 
 PROMPTS_AHEAD = 256  # encoded at once before they are sampled from
 REWARD_CONTEXT = ("trainer_state",)
+
+_SKIPPED_STEPS = "skipped_steps.json"  # in a checkpoint, once there is any
 
 
 class DiffusionTrainer(_BaseTrainer):
@@ -121,6 +129,8 @@ class DiffusionTrainer(_BaseTrainer):
     ):
         _check_arguments(model, args, peft_config, quantization_config)
         self._check_companions(args, optimizers)
+        if args.should_save:
+            check_output_dir(args.output_dir)
         if args.eval_on_start and eval_dataset is None:
             args = copy.copy(args)  # the caller's may serve another trainer
             args.eval_on_start = False
@@ -167,6 +177,10 @@ class DiffusionTrainer(_BaseTrainer):
         self._metrics: dict[str, list[Tensor | float]] = defaultdict(list)
         self._stopwatch = _Stopwatch(args.device)
         self._staging: Path | None = None  # where a checkpoint is being written
+        self._saved_step: int | None = None  # of the last checkpoint of this call of `train`
+        self._signals, self._guard = StopSignals(), StepGuard(args.max_skipped_steps, args.skip_grad_norm)
+        self._step_loss: Tensor | float = 0.0  # of the micro-steps so far
+        self._skips_step = False
 
         super().__init__(
             model=self.policy.model,
@@ -528,6 +542,8 @@ class DiffusionTrainer(_BaseTrainer):
                 sums, counts = zip(*(shard[name] for shard in shards if name in shard), strict=True)
                 if any(counts):
                     logs[name] = sum(sums) / sum(counts)
+            if self._guard.total:
+                logs["skipped_steps"] = self._guard.total
         super().log(logs, start_time)
 
     def move_averages(self, step: int) -> None:
@@ -555,11 +571,23 @@ class DiffusionTrainer(_BaseTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint's folder, or `True` for the last in `output_dir`; `args.resume_from_checkpoint` if not
-                given. What follows is, to the bit on a CPU, what would have followed without the interruption, given
-                the same number of processes and rewards and prompts that keep no state of their own.
+                A checkpoint's folder, or `True` for the last in `output_dir`, or if that is damaged the last that is
+                not, with a warning; `args.resume_from_checkpoint` if not given. What follows is, to the bit on a CPU,
+                what would have followed without the interruption, given the same number of processes and rewards and
+                prompts that keep no state of their own.
             **kwargs:
                 As of [`~transformers.Trainer.train`].
+
+        The first SIGTERM or SIGUSR1, in any process, ends the run after the present optimiser step, with a checkpoint
+        and `SystemExit(128 + signal)`.
+
+        Raises:
+            `ValueError`: if a file of the checkpoint is damaged, with its name and that of a whole checkpoint.
+            `RewardsFailedError`: if too many rewards failed, with a checkpoint written first.
+            `RuntimeError`: if `max_skipped_steps` optimiser steps in a row were not taken, with a checkpoint written
+                first; if another process is gone.
+            `OSError`: if a checkpoint cannot be written; earlier ones are as they were.
+            `torch.OutOfMemoryError`: with what would fit.
         """
         # Nothing of an earlier call, which may have been interrupted anywhere, goes on.
         self._forget()
@@ -577,10 +605,16 @@ class DiffusionTrainer(_BaseTrainer):
                 "the round. Start anew from what was saved, or resume with DDP or FSDP2."
             )
         if resume_from_checkpoint:
+            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
             self.args = copy.copy(args)
             self.args.eval_on_start = False  # that start was an earlier call's
         try:
-            with _switching_modes_quickly(self.policy.model), _switching_modes_quickly(self.backbone.denoiser):
+            with (
+                _switching_modes_quickly(self.policy.model),
+                _switching_modes_quickly(self.backbone.denoiser),
+                self._explaining_faults(),
+                self._signals,
+            ):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.args = args
@@ -606,6 +640,134 @@ class DiffusionTrainer(_BaseTrainer):
     def _forget(self) -> None:
         self._metrics.clear()
         self._stopwatch.reset()
+        self._saved_step, self._step_loss, self._skips_step = None, 0.0, False
+        self._guard = StepGuard(self.args.max_skipped_steps, self.args.skip_grad_norm)
+
+    def _whole_checkpoint(self, asked: str | os.PathLike | bool) -> str:
+        """The checkpoint that is asked for, or of a run's the newest that is whole for every process that reads it."""
+        if asked is not True:
+            if (wrong := self._damage(Path(asked))) is None:
+                return os.fspath(asked)
+            others = [path for path in self._checkpoints(Path(asked).parent) if path.name != Path(asked).name]
+            whole = next((path for path in others if self._damage(path) is None), None)
+            way_out = "There is no whole one beside it."
+            if whole is not None:
+                way_out = f"The newest that is whole is {os.fspath(whole)!r}."
+            raise ValueError(f"The checkpoint {os.fspath(asked)!r} is damaged: {wrong}. {way_out}")
+        found, broken = self._checkpoints(Path(self.args.output_dir)), {}
+        for path in found:
+            if (wrong := self._damage(path)) is None:
+                for name, what in broken.items():
+                    logger.warning(
+                        "%s is damaged: %s. Training goes on from %s, and repeats the steps after it.",
+                        *(name, what, path),
+                    )
+                return os.fspath(path)
+            broken[path.name] = wrong
+        raise ValueError(
+            f"There is no {'whole ' if found else ''}checkpoint in {self.args.output_dir!r} to resume from"
+            + "".join(f"; {what}" for what in broken.values())
+            + ". Start anew, without `resume_from_checkpoint`."
+        )
+
+    def _checkpoints(self, directory: Path) -> list[Path]:
+        """Those of a folder, newest first, as the first process sees it: all look at the same ones."""
+        return [directory / name for name in gather_object([[path.name for path in newest_first(directory)]])[0]]
+
+    def _damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint, as the processes that wrote it see it, the same in all."""
+        told = gather_object([damage(checkpoint) if self.args.should_save else None])
+        return next((what for what in told if what is not None), None)
+
+    # -- faults -------------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._step_loss = self._step_loss + loss
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        # Trainer asks for it between the last backward and the optimiser's step.
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not self.is_deepspeed_enabled:  # whose engine has taken the step already
+            self._check_step(model, grad_norm)
+        return grad_norm
+
+    def _check_step(self, model: nn.Module, grad_norm: Tensor) -> None:
+        """Leave out a step that would spoil the weights: without gradients no optimiser of torch moves anything."""
+        norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        on_device = {"dtype": torch.float32, "device": self.args.device}
+        evidence = torch.stack([torch.as_tensor(value, **on_device) for value in (self._step_loss, norm)])
+        losses, norms = self._gather(evidence[None]).T.tolist()
+        self._step_loss = 0.0
+        scaler = self.accelerator.scaler
+        # Below a scale of 1 it is not the scale that makes gradients overflow.
+        is_scaled = scaler is not None and not math.isfinite(norms[0]) and scaler.get_scale() >= 1
+        self._skips_step = self._guard.skips(self.state.global_step + 1, losses, norms, is_scaled)
+        if self._skips_step:
+            model.zero_grad()
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        # The end of an optimiser step, where everything is as a checkpoint keeps it.
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._guard.is_exhausted:
+            text = self._guard.exhausted(self.state.global_step)
+            self._guard.in_a_row = 0  # whoever goes on from here has changed something
+            raise RuntimeError(f"{text} {self._save_to_go_on()}")
+        number = int(self._gather(torch.tensor([self._signals.received])).max())
+        if number:
+            where = self._save_to_go_on()
+            if self.is_world_process_zero():
+                logger.warning(
+                    "%s: the run ends after optimiser step %d, with exit code %d. %s",
+                    *(signal.Signals(number).name, self.state.global_step, 128 + number, where),
+                )
+            raise SystemExit(128 + number)
+
+    def _save_to_go_on(self) -> str:
+        """Write a checkpoint of the present step, unless there is one, and say where the state is."""
+        args, step = self.args, self.state.global_step
+        if args.save_strategy == SaveStrategy.NO or args.save_only_model:
+            return "Its state is not kept, since `save_strategy` is 'no' or `save_only_model` is set."
+        if step == 0:
+            return "No optimiser step was taken, so there is nothing to keep."
+        if self._saved_step != step:
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(args, self.state, self.control)
+        place = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        return f"Its state is in {place}: go on with `resume_from_checkpoint=True`."
+
+    @contextmanager
+    def _explaining_faults(self) -> Iterator[None]:
+        """What ends a training that the user can do something about is told with what to do."""
+        try:
+            yield
+        except RewardsFailedError:
+            where = self._save_to_go_on()
+            if self.is_world_process_zero():
+                logger.error("Training stops after optimiser step %d. %s", self.state.global_step, where)
+            raise
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"Out of memory {self._stopwatch.where()} of optimiser step {self.state.global_step + 1}: {error} "
+                f"{self._what_would_fit()}"
+            ) from error
+        except RuntimeError as error:
+            if self.args.world_size == 1 or not is_lost_process(error):
+                raise
+            raise RuntimeError(
+                f"Process {self.args.process_index} of {self.args.world_size} has lost another one at optimiser step "
+                f"{self.state.global_step + 1}: that one ended, was killed (as by the kernel, for want of memory) or "
+                "was silent for `ddp_timeout` seconds. What it wrote last, or the machine's log, has the reason. "
+                f"Start all of them again with `resume_from_checkpoint=True`. ({error})"
+            ) from error
+
+    def _what_would_fit(self) -> str:
+        device, vram = self.args.device, None
+        if device.type == "cuda":
+            vram = torch.cuda.get_device_properties(device).total_memory / 2**30
+        is_quantized = getattr(self.backbone.denoiser, "is_quantized", False)
+        return what_would_fit(self.base_model, self.args, vram, self.policy.peft_config, quantized=is_quantized)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -618,22 +780,44 @@ class DiffusionTrainer(_BaseTrainer):
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)  # left by a kill
         self.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
+        with self._writing(run_dir / name, staging):
+            # Without it Trainer meets nobody while it writes, so that one process's full disk lets no other wait.
+            best_step, self.state.best_global_step = self.state.best_global_step, None
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging, self.state.best_global_step = None, best_step
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(run_dir / name)
-        self.accelerator.wait_for_everyone()
+        with self._writing(run_dir / name, staging):
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))  # with that name
+                if self._guard.total:
+                    (staging / name / _SKIPPED_STEPS).write_text(json.dumps(self._guard.state()) + "\n")
+                seal(staging / name)
+                publish(staging / name, run_dir / name)
+                staging.rmdir()
         if self.args.should_save:
-            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))  # with that name
-            publish(staging / name, run_dir / name)
-            staging.rmdir()
             rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(run_dir / name))
         self.accelerator.wait_for_everyone()
+        self._saved_step = self.state.global_step
+
+    @contextmanager
+    def _writing(self, checkpoint: Path, staging: Path) -> Iterator[None]:
+        """What one process cannot write ends all, says what to do and leaves no part of a checkpoint."""
+        try:
+            with self._raising_together("Writing a checkpoint"):
+                try:
+                    yield
+                except (OSError, RuntimeError, SafetensorError) as error:  # the latter two are writers' own
+                    raise OSError(not_written(checkpoint, staging, error)) from error
+        except Exception:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # A checkpoint holds what training goes on from: the live policy, and the views in folders of their names.
@@ -667,8 +851,15 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.policy.load(resume_from_checkpoint)
+        counts = Path(resume_from_checkpoint) / _SKIPPED_STEPS
+        if counts.is_file():
+            self._guard = dataclasses.replace(self._guard, **json.loads(counts.read_text()))
 
     def _load_best_model(self) -> None:
+        if (wrong := self._damage(Path(self.state.best_model_checkpoint))) is not None:
+            raise RuntimeError(
+                f"The best checkpoint is damaged: {wrong}. Training is done; the last checkpoint has what it learned."
+            )
         logger.info(
             "The best model of the run is loaded: `%s` was %.4g at step %s (%s).",
             *(self.args.metric_for_best_model, self.state.best_metric, self.state.best_global_step),
@@ -822,6 +1013,15 @@ class OnTheWay:
         return self.images
 
 
+_PHASES = {
+    "rollout": "in the rollout (encoding, sampling, decoding)",
+    "reward": "while the images were scored",
+    "show": "while a callback looked at the round",
+    "reference": "in the forwards without gradient",
+    "update": "in the update (forward and backward)",
+}
+
+
 class _Stopwatch:
     """Seconds of each phase. It waits for the device where a phase ends, and nowhere else."""
 
@@ -842,6 +1042,10 @@ class _Stopwatch:
             self.seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now
 
+    def where(self) -> str:
+        """The present phase in words."""
+        return _PHASES.get(self._phase, "outside of the phases (evaluation, pictures, a checkpoint)")
+
 
 class _ModelConfig(FrozenDict):
     """What Trainer's logging integrations ask of a model's configuration, which diffusers' own has not."""
@@ -860,7 +1064,7 @@ class _MoveAverages(TrainerCallback):
         self.trainer = trainer
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if not self.trainer.accelerator.optimizer_step_was_skipped:
+        if not (self.trainer.accelerator.optimizer_step_was_skipped or self.trainer._skips_step):
             self.trainer.move_averages(state.global_step)
         self.trainer.end_update()
 

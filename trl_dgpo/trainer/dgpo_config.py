@@ -185,6 +185,15 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             per_device_train_batch_size) * num_train_timesteps`. Setting another value is an error.
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Deal the prompts in a new order each epoch.
+        max_skipped_steps (`int`, *optional*, defaults to `5`):
+            Optimiser steps in a row that are left out, because their loss or gradient is not finite or above
+            `skip_grad_norm`, after which training stops with its state saved. A step that is left out moves no weight,
+            moment or average, but counts as a step; `skipped_steps` in the log is how many there were. With fp16 a
+            gradient that is not finite is the loss scaling's, which lowers its scale, as long as that is 1 or more.
+            Under DeepSpeed nothing is left out.
+        skip_grad_norm (`float`, *optional*):
+            Largest gradient norm, before clipping by `max_grad_norm`, of an optimiser step that is taken. Any finite
+            one if not set.
 
         learning_rate (`float`, *optional*, defaults to `3e-4`):
             Peak learning rate.
@@ -399,6 +408,16 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     ema_every: int = field(default=8, metadata={"help": "Optimiser steps between two moves of the `ema` weights."})
     save_ema: bool = field(default=True, metadata={"help": "Save the `ema` weights; the live ones otherwise."})
     shuffle_dataset: bool = field(default=True, metadata={"help": "Deal the prompts in a new order each epoch."})
+    max_skipped_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Optimiser steps in a row, left out for their loss or gradient, after which training stops."
+        },
+    )
+    skip_grad_norm: float | None = field(
+        default=None,
+        metadata={"help": "Largest gradient norm of an optimiser step that is taken, any finite one if not set."},
+    )
     allow_unverified_engine: bool = field(
         default=False, metadata={"help": "Try FSDP2 or DeepSpeed, with which nobody has run this trainer yet."}
     )
@@ -695,6 +714,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             "log_images_steps",
             "num_completions_to_print",
             "early_stopping_patience",
+            "max_skipped_steps",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -707,6 +727,16 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         for name in ("num_log_images", "divergence_rounds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be 0 (none) or more.")
+        if self.skip_grad_norm is not None and not self.skip_grad_norm > 0:
+            raise ValueError(
+                f"`skip_grad_norm` is {self.skip_grad_norm}; it must be above 0. Leave it unset for no limit."
+            )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint` is set, whose checkpoints are written in the middle of an optimiser step, by "
+                "each process for itself. Leave it out: SIGTERM is answered without it, with a checkpoint to resume "
+                "from."
+            )
         if self.old_policy_after is not None and self.old_policy_after < 0:
             raise ValueError(
                 f"`old_policy_after` is {self.old_policy_after}; it is a number of optimiser steps, 0 or more. None "

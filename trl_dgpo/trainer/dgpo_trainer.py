@@ -66,7 +66,7 @@ _OWN_METRICS = {
     *("loss", "learning_rate", "grad_norm", "epoch", "step", "objective", "gate_mean", "clip_ratio", "kl"),
     *("kl_coef", "divergence", "ratio_mean", "approx_kl", "drift_ratio"),
     *("reward", "reward_std", "frac_reward_zero_std", "rewards_failed", "advantage_clip_ratio"),
-    *("num_pairs", "pair_margin"),
+    *("num_pairs", "pair_margin", "skipped_steps"),
 }
 _OWN_PREFIXES = ("rewards/", "time/", "loss/", "eval_", "train_", "images/", "images_vs_base/", "guard/")
 
