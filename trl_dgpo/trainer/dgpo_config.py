@@ -1,6 +1,7 @@
 """What can be set of a DGPO run, and every check that needs no model."""
 
 import math
+import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..ddpo_compat import DDPOFields, GRPOFields, finish_names, resolve_names
 from ..engines import check_installed
+from ..field_types import check_types
 
 
 @dataclass
@@ -412,6 +414,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     clips_likelihoods: ClassVar[bool] = False
 
     def __post_init__(self):
+        check_types(self)
         resolve_names(self)
         if self.learning_rate is None:
             self.learning_rate = self._default_learning_rate
@@ -442,6 +445,11 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         if self.eval_guidance_scale is None:
             self.eval_guidance_scale = self.sample_guidance_scale
         check_installed(self.deepspeed)
+        if self.ddp_backend is not None and "LOCAL_RANK" not in os.environ:
+            raise ValueError(
+                f"`ddp_backend` is {self.ddp_backend!r}, and this is one process alone, which Accelerate then cannot "
+                "set up. Leave it unset, or start with `accelerate launch` or `torchrun`."
+            )
         super().__post_init__()
         self._check_split(given_batch_size, given_accumulation)
         finish_names(self)
