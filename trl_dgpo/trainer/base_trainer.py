@@ -649,7 +649,7 @@ class DiffusionTrainer(_BaseTrainer):
             publish_files(finished, directory)
 
     def _save_export(self, directory: Path, view: str | None) -> None:
-        torch.save(self.args, directory / TRAINING_ARGS_NAME)
+        torch.save(self.args.without_tokens(), directory / TRAINING_ARGS_NAME)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
         if self.policy.peft_config is not None:
@@ -976,7 +976,7 @@ def _check_arguments(model: Any, args: DGPOConfig, peft_config: Any, quantizatio
     is_loaded = isinstance(model, (DiffusionPipeline, PeftModel))
     if is_loaded and args.model_init_kwargs:
         raise ValueError(
-            f"`model_init_kwargs` ({args.model_init_kwargs}) say how a model is loaded, but `model` is a "
+            f"`model_init_kwargs` ({sorted(args.model_init_kwargs)}) say how a model is loaded, but `model` is a "
             f"{type(model).__name__}, which is loaded already. Load it with them, or give its name."
         )
     if quantization_config is not None and (is_loaded or args.full_finetuning):

@@ -1,5 +1,7 @@
 """What can be set of a DGPO run, and every check that needs no model."""
 
+import copy
+import dataclasses
 import math
 import os
 import warnings
@@ -14,7 +16,7 @@ from ..engines import check_installed
 from ..field_types import check_types
 
 
-@dataclass
+@dataclass(repr=False)
 class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     r"""
     Configuration class for the [`DGPOTrainer`].
@@ -460,6 +462,24 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         if isinstance(values["model_init_kwargs"], dict) and "token" in values["model_init_kwargs"]:
             values["model_init_kwargs"] = {**values["model_init_kwargs"], "token": "<TOKEN>"}
         return values
+
+    def without_tokens(self) -> "DGPOConfig":
+        """A copy to be shown or saved, with a mark in place of each token."""
+        shown = copy.copy(self)
+        for each in dataclasses.fields(self):
+            if each.name.endswith("_token") and getattr(self, each.name) is not None:
+                setattr(shown, each.name, f"<{each.name.upper()}>")
+        if isinstance(self.model_init_kwargs, dict) and "token" in self.model_init_kwargs:
+            shown.model_init_kwargs = {**self.model_init_kwargs, "token": "<TOKEN>"}
+        return shown
+
+    def __repr__(self) -> str:
+        # Not a dataclass's own, which would show tokens in every traceback and log that shows a configuration.
+        shown = self.without_tokens()
+        values = (f"{each.name}={getattr(shown, each.name)!r},\n" for each in dataclasses.fields(self))
+        return f"{type(self).__name__}(\n{''.join(values)})"
+
+    __str__ = __repr__
 
     @property
     def height(self) -> int:

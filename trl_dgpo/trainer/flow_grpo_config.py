@@ -7,7 +7,7 @@ from ..field_types import check_types
 from .dgpo_config import DGPOConfig
 
 
-@dataclass
+@dataclass(repr=False)
 class FlowGRPOConfig(DGPOConfig):
     r"""
     Configuration class for the [`FlowGRPOTrainer`].
