@@ -5,6 +5,7 @@ Configurations and prompts are drawn from seeds (`fuzz.py`), so that a failure n
 """
 
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -14,9 +15,14 @@ import warnings
 import datasets
 import numpy as np
 import pytest
-from fuzz import ANYTHING, CONFIGS, random_config, random_training
+import torch
+from fuzz import ANYTHING, CONFIGS, random_config, random_prompt, random_training
+from huggingface_hub import ModelCard
 from PIL import Image
-from tiny_trainers import CONFIG, tiny_trainer
+from pyarrow import parquet
+from rewards.fault_server import running
+from tiny_models import tiny_random_pipeline
+from tiny_trainers import CONFIG, brightness, prompt_dataset, tiny_config, tiny_trainer
 
 from trl_dgpo import (
     DGPOConfig,
@@ -27,6 +33,8 @@ from trl_dgpo import (
     GPOTrainer,
     TDMR1Trainer,
 )
+from trl_dgpo.report import write_report
+from trl_dgpo.rewards.remote import RemoteReward, make_server
 
 
 TRAINERS = {
@@ -163,3 +171,141 @@ def test_100_random_trainings(tmp_path, quiet):
         number += 1
     print(f"100 of {number} random trainings made their steps; the others were refused")
     assert number <= 300
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def is_whole(prompt: str) -> bool:
+    """Whether a prompt is text: Python lets half a character stand in one."""
+    return not any("\ud800" <= character <= "\udfff" for character in prompt)
+
+
+def scored_elsewhere(prompts, completions, note, **columns):
+    return [len(prompt) % 7 + 0.1 * len(text) % 3 for prompt, text in zip(prompts, note, strict=True)]
+
+
+def sees_every_prompt(folder, prompts: list[str]) -> None:
+    """
+    A run with these prompts, from the cache of embeddings to the report, its reward on a server of its own: what it
+    leaves can be read, and says the prompts as they are.
+    """
+    with running(make_server(scored_elsewhere, port=0)) as server:
+        trainer = tiny_trainer(
+            folder,
+            reward_funcs=RemoteReward(f"http://127.0.0.1:{server.server_port}", name="</script>|`*"),
+            train_dataset=datasets.Dataset.from_dict({"prompt": prompts, "note": prompts[::-1]}),
+            eval_dataset=datasets.Dataset.from_dict({"prompt": prompts[::4], "note": prompts[::4]}),
+            eval_on_start=False,
+            precompute_prompt_embeds=True,
+            log_completions=True,
+            num_log_images=len(prompts[::4]),
+            log_images_steps=5,
+            prompts_per_round=len(prompts),
+            num_generations=2,
+            sample_num_steps=2,
+            eval_num_steps=1,
+            num_train_timesteps=1,
+            per_device_train_batch_size=len(prompts),
+            shuffle_dataset=False,
+        )
+        trainer.train()
+    trainer.create_model_card()
+    page = write_report(folder).read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    [kept] = folder.glob("completions/*.parquet")
+    rows = parquet.read_table(kept).to_pylist()
+    assert {row["prompt"] for row in rows} == set(prompts)
+    assert {row["note"] for row in rows} == set(prompts)
+    [read] = datasets.load_dataset("parquet", data_files=str(kept), split="train").unique("step")
+    assert read == 0
+    for step in folder.glob("samples/step-*/samples.json"):
+        assert json.loads(step.read_text(encoding="utf-8"))["prompts"] == prompts[::4]
+    assert [image["prompt"] for image in data["samples"]["steps"][0]["images"]] == prompts[::4]
+    shown = {group["prompt"] for step in data["groups"]["steps"] for group in step["groups"]}
+    assert shown <= set(prompts)
+    assert page.count("<script") == 2  # the data and the page's own
+    assert not re.search(r"<(img|!--)", page)
+    card = ModelCard.load(folder / "README.md")
+    assert [entry["text"] for entry in card.data.widget[::2]] == [" ".join(p.split()) for p in prompts[::4][:4]]
+    left = {path.relative_to(folder).parts[0] for path in folder.rglob("*")}
+    assert left <= {"README.md", "completions", "images", "log.jsonl", "report.html", "run.json", "samples", "tmp"}
+
+
+def test_random_prompts(tmp_path, quiet, capsys):
+    prompts = list(dict.fromkeys(random_prompt(number) for number in range(80)))
+    sees_every_prompt(tmp_path, [prompt for prompt in prompts if is_whole(prompt)])
+
+
+@pytest.mark.slow
+def test_1000_random_prompts(tmp_path, quiet, capsys):
+    drawn = dict.fromkeys(random_prompt(number) for number in range(1500))
+    prompts = [prompt for prompt in drawn if is_whole(prompt)]
+    assert len(prompts) >= 1000
+    for start in range(0, len(prompts), 100):
+        sees_every_prompt(tmp_path / str(start), prompts[start : start + 100])
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", "a\udfff b", "\ud83d\ude00"])
+def test_half_a_character_is_told(tmp_path, prompt):
+    trainer = tiny_trainer(tmp_path, train_dataset=[{"prompt": prompt}])
+    with pytest.raises(ValueError, match=r"prompt '.*\\ud.*half a character"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        ([], ValueError, "`train_dataset` is empty"),
+        ({}, TypeError, "`train_dataset` is a dict"),
+        ([{}], ValueError, "column `prompt`"),
+        ([{"prompt": None}], ValueError, "column `prompt`"),
+        ([{"prompt": b"bytes"}], ValueError, "column `prompt`"),
+        ([{"Prompt": "a"}], ValueError, "column `prompt`"),
+        (["a"], ValueError, "column `prompt`"),
+        ("prompts", ValueError, "column `prompt`"),
+        (3, TypeError, "`train_dataset` is int"),
+        (iter([{"prompt": "a"}]), TypeError, "`train_dataset`"),
+        (None, TypeError, "`train_dataset`"),
+        (datasets.Dataset.from_dict({"text": ["a"]}), ValueError, "column `prompt`"),
+        (datasets.Dataset.from_dict({"prompt": []}), ValueError, "`train_dataset` is empty"),
+        (datasets.Dataset.from_dict({"prompt": [[1]]}), ValueError, "column `prompt`"),
+        (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"prompt": ["a"]})}), TypeError, "`train_dataset`"),
+    ],
+    ids=str,
+)
+def test_other_data_sets_are_told(tmp_path, dataset, error, message):
+    model = tiny_random_pipeline()
+    with pytest.raises(error, match=message):
+        DGPOTrainer(model=model, reward_funcs=brightness, args=tiny_config(tmp_path), train_dataset=dataset)
+
+
+@pytest.mark.parametrize("rewards", [None, [], 3, "ocr?", [None], [3], {}, b"x", brightness(images=[])], ids=str)
+def test_other_rewards_are_told(tmp_path, rewards):
+    with pytest.raises((TypeError, ValueError), match=r"[Rr]eward"):
+        DGPOTrainer(
+            model=tiny_random_pipeline(),
+            reward_funcs=rewards,
+            args=tiny_config(tmp_path),
+            train_dataset=prompt_dataset("a"),
+        )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [None, 3, b"tiny", "", " ", "no/such/model", "../../etc", "\0", "a" * 5000, [], object(), torch.nn.Linear(1, 1)],
+    ids=str,
+)
+def test_other_models_are_told(tmp_path, model):
+    with pytest.raises((TypeError, ValueError), match="`(model|sd_pipeline)`|model"):
+        DGPOTrainer(
+            model=model, reward_funcs=brightness, args=tiny_config(tmp_path), train_dataset=prompt_dataset("a")
+        )
+
+
+@pytest.mark.parametrize("args", [3, {}, "config", object(), DGPOConfig], ids=str)
+def test_another_configuration_is_told(tmp_path, args):
+    with pytest.raises((TypeError, ValueError), match="`args`|`config`|configuration"):
+        DGPOTrainer(
+            model=tiny_random_pipeline(), reward_funcs=brightness, args=args, train_dataset=prompt_dataset("a")
+        )
