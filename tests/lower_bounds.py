@@ -3,10 +3,10 @@ The lowest versions that `setup.cfg` states, tried: what is stated is what passe
 
     python tests/lower_bounds.py FOLDER [pytest's arguments]
 
-makes a virtual environment in FOLDER, new or as an earlier call left it, with exactly the lowest stated version of each
-requirement and of what the tests need besides, and runs those test files that use foreign libraries most (others, if
-pytest's arguments name them). It prints the versions and pytest's closing line. Nothing but the package index is asked.
-On Linux without a GPU, install torch's CPU build into FOLDER first, or let pip find it (`PIP_FIND_LINKS`).
+makes a virtual environment in FOLDER, or takes what an earlier call left there, with exactly the lowest stated version
+of each requirement and of what the tests need besides. It prints the versions and runs those test files that use
+foreign libraries most, or others that pytest's arguments name. Nothing but the package index is asked. On Linux
+without a GPU, let pip find torch's CPU build (`PIP_FIND_LINKS`), or some gigabytes more are installed.
 """
 
 import configparser

@@ -33,6 +33,7 @@ from trl_dgpo import (
     GPOTrainer,
     TDMR1Trainer,
 )
+from trl_dgpo.backbones import load_backbone
 from trl_dgpo.report import write_report
 from trl_dgpo.rewards.remote import RemoteReward, make_server
 
@@ -48,6 +49,12 @@ TRAINERS = {
         TDMR1Trainer,
     )
 }
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """For what is refused before it is touched."""
+    return tiny_random_pipeline()
 
 
 @pytest.fixture
@@ -227,13 +234,13 @@ def sees_every_prompt(folder, prompts: list[str]) -> None:
     assert page.count("<script") == 2  # the data and the page's own
     assert not re.search(r"<(img|!--)", page)
     card = ModelCard.load(folder / "README.md")
-    assert [entry["text"] for entry in card.data.widget[::2]] == [" ".join(p.split()) for p in prompts[::4][:4]]
+    assert [entry["text"] for entry in card.data.widget[:4]] == [" ".join(p.split()) for p in prompts[::4][:4]]
     left = {path.relative_to(folder).parts[0] for path in folder.rglob("*")}
     assert left <= {"README.md", "completions", "images", "log.jsonl", "report.html", "run.json", "samples", "tmp"}
 
 
 def test_random_prompts(tmp_path, quiet, capsys):
-    prompts = list(dict.fromkeys(random_prompt(number) for number in range(80)))
+    prompts = list(dict.fromkeys(random_prompt(number) for number in range(0, 84, 3)))
     sees_every_prompt(tmp_path, [prompt for prompt in prompts if is_whole(prompt)])
 
 
@@ -247,10 +254,10 @@ def test_1000_random_prompts(tmp_path, quiet, capsys):
 
 
 @pytest.mark.parametrize("prompt", ["\ud800", "a\udfff b", "\ud83d\ude00"])
-def test_half_a_character_is_told(tmp_path, prompt):
-    trainer = tiny_trainer(tmp_path, train_dataset=[{"prompt": prompt}])
+def test_half_a_character_is_told(pipeline, prompt):
+    backbone = load_backbone(pipeline, sampler="dpm", sigmas="dpm", image_size=(32, 32))
     with pytest.raises(ValueError, match=r"prompt '.*\\ud.*half a character"):
-        trainer.train()
+        backbone.encode(["whole", prompt])
 
 
 @pytest.mark.parametrize(
@@ -274,17 +281,16 @@ def test_half_a_character_is_told(tmp_path, prompt):
     ],
     ids=str,
 )
-def test_other_data_sets_are_told(tmp_path, dataset, error, message):
-    model = tiny_random_pipeline()
+def test_other_data_sets_are_told(tmp_path, pipeline, dataset, error, message):
     with pytest.raises(error, match=message):
-        DGPOTrainer(model=model, reward_funcs=brightness, args=tiny_config(tmp_path), train_dataset=dataset)
+        DGPOTrainer(model=pipeline, reward_funcs=brightness, args=tiny_config(tmp_path), train_dataset=dataset)
 
 
 @pytest.mark.parametrize("rewards", [None, [], 3, "ocr?", [None], [3], {}, b"x", brightness(images=[])], ids=str)
-def test_other_rewards_are_told(tmp_path, rewards):
+def test_other_rewards_are_told(tmp_path, pipeline, rewards):
     with pytest.raises((TypeError, ValueError), match=r"[Rr]eward"):
         DGPOTrainer(
-            model=tiny_random_pipeline(),
+            model=pipeline,
             reward_funcs=rewards,
             args=tiny_config(tmp_path),
             train_dataset=prompt_dataset("a"),
@@ -297,15 +303,13 @@ def test_other_rewards_are_told(tmp_path, rewards):
     ids=str,
 )
 def test_other_models_are_told(tmp_path, model):
-    with pytest.raises((TypeError, ValueError), match="`(model|sd_pipeline)`|model"):
+    with pytest.raises((TypeError, ValueError), match=r"model|pipeline"):
         DGPOTrainer(
             model=model, reward_funcs=brightness, args=tiny_config(tmp_path), train_dataset=prompt_dataset("a")
         )
 
 
 @pytest.mark.parametrize("args", [3, {}, "config", object(), DGPOConfig], ids=str)
-def test_another_configuration_is_told(tmp_path, args):
-    with pytest.raises((TypeError, ValueError), match="`args`|`config`|configuration"):
-        DGPOTrainer(
-            model=tiny_random_pipeline(), reward_funcs=brightness, args=args, train_dataset=prompt_dataset("a")
-        )
+def test_another_configuration_is_told(tmp_path, pipeline, args):
+    with pytest.raises((TypeError, ValueError), match=r"args|config"):
+        DGPOTrainer(model=pipeline, reward_funcs=brightness, args=args, train_dataset=prompt_dataset("a"))

@@ -74,7 +74,7 @@ def check_types(config: Any) -> None:
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
             _check_number(name, value)
         if name in _PATHS and isinstance(value, str):
-            _check_path(name, value)
+            check_path(name, value)
         if name in config._VALID_DICT_FIELDS and isinstance(value, str):
             value = _read_dictionary(name, value)
         if name == "accelerator_config" and isinstance(value, Mapping):
@@ -139,7 +139,8 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` is {value}; it must be a finite number.")
 
 
-def _check_path(name: str, value: str) -> None:
+def check_path(name: str, value: str) -> None:
+    """A `ValueError` that names `name`, for a text that no file system takes for a path."""
     try:
         parts = os.fsencode(value).split(os.sep.encode())
     except UnicodeEncodeError:

@@ -50,6 +50,7 @@ from ..checkpoints import rotate
 from ..ddpo_compat import DDPOFields, GRPOFields, PromptStream
 from ..engines import ENGINES, check_engine
 from ..evaluation import evaluation_latents, evaluation_metrics, measure_images
+from ..field_types import check_path
 from ..hub import (
     RunDescription,
     is_repo_id,
@@ -973,6 +974,8 @@ def _check_arguments(model: Any, args: DGPOConfig, peft_config: Any, quantizatio
         raise TypeError(
             f"`peft_config` is a {type(peft_config).__name__}; it must be a `LoraConfig`, which diffusers loads."
         )
+    if isinstance(model, str):
+        check_path("model", model)
     is_loaded = isinstance(model, (DiffusionPipeline, PeftModel))
     if is_loaded and args.model_init_kwargs:
         raise ValueError(
