@@ -97,8 +97,8 @@ def fuzzed(numbers: range) -> float:
 
 
 def test_random_configurations(quiet):
-    valid = fuzzed(range(400))
-    print(f"{valid:.0%} of 400 random configurations are valid")
+    valid = fuzzed(range(250))
+    print(f"{valid:.0%} of 250 random configurations are valid")
     assert valid >= 0.3
 
 
@@ -167,7 +167,7 @@ def train_once(folder, number: int) -> bool:
 
 
 def test_random_trainings(tmp_path, quiet):
-    assert sum(train_once(tmp_path / str(number), number) for number in range(5)) >= 3
+    assert sum(train_once(tmp_path / str(number), number) for number in range(4)) >= 2
 
 
 @pytest.mark.slow
