@@ -65,12 +65,12 @@ def check_types(config: Any) -> None:
         if not any(_fits(value, kind) for kind in accepted):
             choices = [choice.value for kind in accepted if _is_choice(kind) for choice in kind]
             if choices and isinstance(value, str):
-                raise ValueError(f"`{name}` is {value!r:.200}; it must be one of {', '.join(map(repr, choices))}.")
+                raise ValueError(f"`{name}` is {_shown(value)}; it must be one of {', '.join(map(repr, choices))}.")
             kinds = " or ".join(dict.fromkeys(_in_words(kind) for kind in accepted))
-            raise TypeError(f"`{name}` is {value!r:.200}, a {type(value).__name__}; it must be {kinds}.")
+            raise TypeError(f"`{name}` is {_shown(value)}, of type {type(value).__name__}; it must be {kinds}.")
         choices = type(config).__dataclass_fields__[name].metadata.get("choices")
         if choices is not None and value is not None and value not in choices and name not in config._fixed:
-            raise ValueError(f"`{name}` is {value!r:.200}; it must be one of {', '.join(map(repr, choices))}.")
+            raise ValueError(f"`{name}` is {_shown(value)}; it must be one of {', '.join(map(repr, choices))}.")
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
             _check_number(name, value)
         if name in _PATHS and isinstance(value, str):
@@ -129,12 +129,18 @@ def _in_words(kind: Any) -> str:
     return f"`{str(kind).replace('typing.', '')}`"
 
 
+def _shown(value: Any) -> str:
+    # Python writes no integer of more than 4300 digits.
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return f"a number of {value.bit_length()} bits"
+    return f"{value!r:.200}"
+
+
 def _check_number(name: str, value: Any) -> None:
     if isinstance(value, numbers.Integral):  # whose greatest are beyond all floats
         most = _MOST_IMAGES if name in _IMAGES else _LARGEST
         if abs(value) > most:
-            shown = value if abs(value) < 2**64 else f"a number of {value.bit_length()} bits"
-            raise ValueError(f"`{name}` is {shown}; it must be at most {most}.")
+            raise ValueError(f"`{name}` is {_shown(value)}; it must be at most {most}.")
     elif math.isnan(value) or (math.isinf(value) and name not in _MAY_BE_INFINITE):
         raise ValueError(f"`{name}` is {value}; it must be a finite number.")
 
@@ -147,7 +153,7 @@ def check_path(name: str, value: str) -> None:
         parts = [b"\0"]  # a lone surrogate is in no file's name either
     if any(b"\0" in part or len(part) > _LONGEST_NAME for part in parts):
         raise ValueError(
-            f"`{name}` is {value!r:.200}, which no folder can be called: a name has at most {_LONGEST_NAME} bytes "
+            f"`{name}` is {_shown(value)}, which no folder can be called: a name has at most {_LONGEST_NAME} bytes "
             "and neither NUL nor half a character."
         )
 
@@ -158,14 +164,14 @@ def _read_dictionary(name: str, value: str) -> dict:
         parsed = json.loads(text)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`{name}` is {value!r:.200}, which cannot be read ({type(error).__name__}: {error!s:.200}). Give a "
+            f"`{name}` is {_shown(value)}, which cannot be read ({type(error).__name__}: {error!s:.200}). Give a "
             f"dictionary, or {'the name of a JSON file' if name in _FILES else 'its JSON, which begins with a brace'}."
         ) from None
     if not isinstance(parsed, dict):
-        raise ValueError(f"`{name}` is {value!r:.200}, which holds no dictionary.")
+        raise ValueError(f"`{name}` is {_shown(value)}, which holds no dictionary.")
     return parsed
 
 
 def _check_names(name: str, given: Iterable[Any], known: set[str]) -> None:
     if unknown := [each for each in given if each not in known]:
-        raise ValueError(f"`{name}` has {unknown!r:.200}; it may have {', '.join(map(repr, sorted(known)))}.")
+        raise ValueError(f"`{name}` has {_shown(unknown)}; it may have {', '.join(map(repr, sorted(known)))}.")
