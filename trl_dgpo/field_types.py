@@ -103,6 +103,8 @@ def _is_choice(kind: Any) -> bool:
 
 def _fits(value: Any, kind: Any) -> bool:
     origin = typing.get_origin(kind)
+    if kind is Any:  # some of the base class's, in some of its versions
+        return True
     if kind is float:
         return isinstance(value, numbers.Real) and not isinstance(value, bool)
     if kind is int:
