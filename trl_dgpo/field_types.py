@@ -35,7 +35,12 @@ _IMAGES = (
 # Where "no bound" is a meaning.
 _MAY_BE_INFINITE = ("advantage_clip", "clip_range", "max_grad_norm", "reward_timeout", "train_max_grad_norm")
 # What is taken beside what is annotated.
-_ALSO = {"accelerator_config": (AcceleratorConfig,), "debug": (type(None),), "scale_rewards": (bool,)}
+_ALSO = {
+    "accelerator_config": (AcceleratorConfig,),
+    "debug": (type(None),),
+    "fsdp": (bool,),
+    "scale_rewards": (bool,),
+}
 _PATHS = ("logdir", "output_dir", "resume_from", "resume_from_checkpoint")
 _LONGEST_NAME = 255
 # Given as a dictionary or a file that holds one.
