@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "trl_dgpo"
 FLOORS = [
     {"noising", "advantages", "losses", "rollout", "seeding", "run_files", "coco", "image_measures"},
     {"policy", "backbones", "rewards", "prompts", "prompt_embeds", "rollout_dataset", "sampler", "tiny"},
-    {"ddpo_compat", "hub", "callbacks", "checkpoints", "evaluation", "report", "engines", "plan", "guards", "faults"},
+    {"ddpo_compat", "hub", "callbacks", "guards", "faults", "checkpoints", "evaluation", "report", "engines", "plan"}
+    | {"field_types"},
     {"trainer"},
     {"cli"},
     {"__main__"},

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 # What of a run's folder stays at home: unfinished things (`_`), checkpoints (uploaded by themselves where
 # `hub_strategy` says so), the whole history of pictures and rollouts, of which the card shows a part, and what names
-# this machine: Trainer's pickled arguments even hold the token.
+# this machine, such as Trainer's pickled arguments.
 IGNORE_PATTERNS = (
     "_*",
     "*/_*",

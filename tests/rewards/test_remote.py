@@ -1,6 +1,7 @@
 """A reward in another process is the same reward, or NaN, or an error: never a wrong number."""
 
 import base64
+import contextlib
 import http.client
 import inspect
 import io
@@ -8,6 +9,7 @@ import json
 import logging
 import math
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -551,6 +553,130 @@ def test_a_slow_client_keeps_nobody_waiting():
             assert time.monotonic() - start < 4
             stop.set()
             thread.join()
+
+
+def test_a_head_that_drips_comes_to_an_end():
+    with served(kilobytes, patience=0.3) as server:
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as slow_client:
+            start = time.monotonic()
+            slow_client.sendall(b"GET /health HTTP/1.1\r\nX: ")
+            slow_client.settimeout(0.05)
+            while time.monotonic() - start < 4:
+                try:
+                    slow_client.sendall(b"x")
+                    if not slow_client.recv(1):
+                        break
+                except TimeoutError:
+                    continue
+                except OSError:
+                    break
+        assert 0.5 < time.monotonic() - start < 3
+        assert raw(server, "GET", "/health")[0] == 200
+
+
+def test_more_connections_than_there_may_be_are_turned_away(monkeypatch):
+    monkeypatch.setattr(remote_file, "_CONNECTIONS", 4)
+    with served(kilobytes) as server:
+        taken = [socket.create_connection(("127.0.0.1", server.server_port), timeout=5) for _ in range(4)]
+        for connection in taken:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b" 200 " in connection.recv(1000)
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as one_more:
+            answer = b"".join(iter(lambda: one_more.recv(1000), b""))
+        assert b" 503 " in answer
+        assert b"Retry-After: 1" in answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2]) == {
+            "error": "the server has 4 connections already; try again later"
+        }
+        for connection in taken:
+            connection.close()
+        assert ask(server, 1, retries=5) == kilobytes(["p0"], noise(1))  # their places are free again
+
+
+def random_request(number: int) -> bytes:
+    """A request with anything in any of its places; most are not HTTP, JSON or the protocol."""
+    rng = random.Random(number)
+    good = json.loads(request(2))
+    anything = [
+        None,
+        True,
+        -1,
+        1e999,
+        "",
+        "\ud800",
+        "\0",
+        "../x",
+        [],
+        {},
+        [[]],
+        [None, None],
+        ["p", 1],
+        {"a": 1},
+        "9" * 9,
+    ]
+    if rng.random() < 0.3:  # bytes of a picture
+        picture = bytearray(base64.b64decode(good["images"][0]))
+        for _ in range(rng.randint(1, 20)):
+            picture[rng.randrange(len(picture))] = rng.randrange(256)
+        good["images"][0] = base64.b64encode(picture[: rng.choice((None, 30, 100))]).decode()
+    else:
+        for _ in range(rng.randint(1, 2)):
+            good[rng.choice(("prompts", "images", "columns", "more"))] = rng.choice(anything)
+    body = json.dumps(good if rng.random() < 0.9 else rng.choice(anything)).encode()
+    if rng.random() < 0.2:
+        body = bytes(rng.randrange(256) for _ in range(rng.randint(0, 200)))
+    length = rng.choice((len(body),) * 6 + (len(body) - 1, 0, -5, "x", "1e3", "٣", 10**30))
+    line = rng.choice(
+        (b"POST /score HTTP/1.1",) * 8 + (b"GET /%00 HTTP/1.1", b"POST /score HTTP/9.9", b"\0\xff", b"POST", b"")
+    )
+    extra = rng.choice(
+        (b"",) * 6 + (b"Transfer-Encoding: chunked\r\n", b"X" * 70_000 + b": 1\r\n", b"A: b\r\n" * 200, b"\xff\r\n")
+    )
+    return (
+        line
+        + b"\r\nHost: x\r\nConnection: close\r\nContent-Length: "
+        + str(length).encode()
+        + b"\r\n"
+        + extra
+        + b"\r\n"
+        + body
+    )
+
+
+def test_random_requests_are_answered_and_leave_the_server_as_it_was():
+    scored = []
+
+    def reward(prompts, completions, **columns):
+        scored.append(len(prompts))
+        return [1.0] * len(prompts)
+
+    statuses = []
+    with served(reward, patience=0.2) as server:
+        threads = threading.active_count()
+        for number in range(300):
+            with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as connection:
+                with contextlib.suppress(OSError):  # answered and closed before all was sent
+                    connection.sendall(random_request(number))
+                    connection.shutdown(socket.SHUT_WR)
+                answer = b""
+                with contextlib.suppress(ConnectionResetError):
+                    answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+            assert b"Traceback" not in answer
+            assert b'File "' not in answer
+            head, _, content = answer.partition(b"\r\n\r\n")
+            if answer.startswith(b"HTTP/"):
+                statuses.append(int(head.split()[1]))
+                assert list(json.loads(content)) == (["error"] if statuses[-1] != 200 else [*json.loads(content)]), (
+                    number
+                )
+        assert raw(server, body=request())[0] == 200
+        end = time.monotonic() + 5
+        while threading.active_count() > threads and time.monotonic() < end:
+            time.sleep(0.05)
+        assert threading.active_count() <= threads
+    assert scored
+    assert {200, 400} <= set(statuses)
+    assert not {500} & set(statuses)
 
 
 def test_one_call_at_a_time_and_health_meanwhile():

@@ -71,7 +71,6 @@ def test_accumulation_counts_processes(tmp_path, monkeypatch):
         ({"num_train_timesteps": 5}, r"\(5\).*`sample_num_steps` \(4\).*timestep_sampling='continuous'"),
         ({"prompt_dropout": 1.0}, r"`prompt_dropout` is 1.0; .* in \[0, 1\)"),
         ({"beta": 0.0}, r"`beta` is 0.0; it must be above 0\.$"),
-        ({"beta": None}, r"`beta` is None; it must be above 0\.$"),
         ({"clip_range": -0.1}, "`clip_range` is -0.1; it must be above 0; None turns it off"),
         ({"advantage_clip": -1.0}, "`advantage_clip` is -1.0; it must be above 0; None turns it off"),
         ({"kl_coef": -0.1}, "`kl_coef` is -0.1; it must be 0 .* or more"),

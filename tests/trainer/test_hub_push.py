@@ -254,7 +254,7 @@ def test_the_token_and_the_folder_are_in_nothing_that_was_sent(hub, folder):
         *hub.bodies,
         *(c for repo in hub.repos.values() for b in repo.branches.values() for x in b for c in x.files.values()),
     ]
-    assert TOKEN.encode() in (folder / "run" / "training_args.bin").read_bytes()  # as transformers writes it
+    assert TOKEN.encode() not in (folder / "run" / "training_args.bin").read_bytes()  # where transformers writes it
     assert not [body[:80] for body in sent if TOKEN.encode() in body]
     names = [path for path, content in hub.files(LORA).items() if str(folder).encode() in content]
     # a base model that is a folder has no other name

@@ -619,6 +619,7 @@ class Backbone(ABC):
         rows = {}
         with self._encoders_here(), torch.autocast(self.device.type, enabled=False):
             for prompt in prompts:
+                _check_prompt(prompt)
                 rows[prompt] = {name: row.cpu() for name, row in self._encode_row(prompt).items()}
         self._encoded |= rows
         return rows
@@ -687,6 +688,16 @@ class Backbone(ABC):
         both = self._forward(model, torch.cat([x_t] * 2), torch.cat([timestep] * 2), conditioning)
         negative, positive = (both if precision is None else both.to(precision)).chunk(2)
         return negative, positive
+
+
+def _check_prompt(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The prompt {prompt!r:.200} has half a character (a lone surrogate) at position {error.start}, which no "
+            "tokenizer takes. Leave it out, as `text.encode(errors='ignore').decode()` does."
+        ) from None
 
 
 def _is_movable(module: nn.Module) -> bool:

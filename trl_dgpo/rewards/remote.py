@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,8 @@ _MAX_IMAGES = 1024
 _PART_PIXELS = 1 << 23
 # Requests whose pictures are unpacked at one time: one is scored, the next is ready.
 _UNPACKED = 2
+# Connections at one time, each of which has a thread and may send a body.
+_CONNECTIONS = 256
 # Seconds that the rest of a refused request is read for, so that the client gets to read the answer.
 _LINGER = 2.0
 
@@ -328,6 +330,7 @@ class RewardServer(ThreadingHTTPServer):
         self.patience = patience
         self.unpacked = threading.BoundedSemaphore(_UNPACKED)
         self.turn = threading.Lock()  # held by the thread whose request is scored
+        self.places = threading.BoundedSemaphore(_CONNECTIONS)
         if ":" in host:
             self.address_family = socket.AF_INET6
         super().__init__((host, port), _Handler)
@@ -370,6 +373,23 @@ class RewardServer(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
+    def process_request(self, request: socket.socket, client_address: Any) -> None:
+        if self.places.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        content = dumps({"error": f"the server has {_CONNECTIONS} connections already; try again later"})
+        head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(content)}\r\nRetry-After: 1\r\n"
+        with suppress(OSError):  # the client may have left
+            request.settimeout(1.0)  # nobody else is let in meanwhile
+            request.sendall(head.encode() + b"Content-Type: application/json\r\nConnection: close\r\n\r\n" + content)
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.places.release()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.warning("The connection to %s broke.", client_address[0], exc_info=True)
 
@@ -390,6 +410,25 @@ class _Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.timeout = self.server.patience
         super().setup()
+
+    def handle_one_request(self) -> None:
+        # The socket's own limit is one of silence: a client that drips its head byte by byte must come to an end too.
+        self._head = threading.Timer(2 * self.server.patience, self._hang_up)
+        self._head.daemon = True
+        self._head.start()
+        try:
+            super().handle_one_request()
+        finally:
+            self._head.cancel()
+
+    def parse_request(self) -> bool:
+        is_request = super().parse_request()
+        self._head.cancel()  # it has come; a body has its own limit, and scoring takes its time
+        return is_request
+
+    def _hang_up(self) -> None:
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)
 
     def do_GET(self) -> None:
         self._answer(self._health)

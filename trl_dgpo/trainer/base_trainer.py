@@ -55,6 +55,7 @@ from ..ddpo_compat import DDPOFields, GRPOFields, PromptStream
 from ..engines import ENGINES, check_engine
 from ..evaluation import evaluation_latents, evaluation_metrics
 from ..faults import StepGuard, StopSignals, check_output_dir, is_lost_process
+from ..field_types import check_path
 from ..guards import HeldOutGuard
 from ..hub import (
     RunDescription,
@@ -843,7 +844,7 @@ class DiffusionTrainer(_BaseTrainer):
             publish_files(finished, directory)
 
     def _save_export(self, directory: Path, view: str | None) -> None:
-        torch.save(self.args, directory / TRAINING_ARGS_NAME)
+        torch.save(self.args.without_tokens(), directory / TRAINING_ARGS_NAME)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
         if self.policy.peft_config is not None:
@@ -1191,10 +1192,12 @@ def _check_arguments(model: Any, args: DGPOConfig, peft_config: Any, quantizatio
         raise TypeError(
             f"`peft_config` is a {type(peft_config).__name__}; it must be a `LoraConfig`, which diffusers loads."
         )
+    if isinstance(model, str):
+        check_path("model", model)
     is_loaded = isinstance(model, (DiffusionPipeline, PeftModel))
     if is_loaded and args.model_init_kwargs:
         raise ValueError(
-            f"`model_init_kwargs` ({args.model_init_kwargs}) say how a model is loaded, but `model` is a "
+            f"`model_init_kwargs` ({sorted(args.model_init_kwargs)}) say how a model is loaded, but `model` is a "
             f"{type(model).__name__}, which is loaded already. Load it with them, or give its name."
         )
     if quantization_config is not None and (is_loaded or args.full_finetuning):

@@ -1,6 +1,9 @@
 """What can be set of a DGPO run, and every check that needs no model."""
 
+import copy
+import dataclasses
 import math
+import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,9 +13,10 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..ddpo_compat import DDPOFields, GRPOFields, finish_names, resolve_names
 from ..engines import check_installed
+from ..field_types import check_types
 
 
-@dataclass
+@dataclass(repr=False)
 class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     r"""
     Configuration class for the [`DGPOTrainer`].
@@ -471,6 +475,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     clips_likelihoods: ClassVar[bool] = False
 
     def __post_init__(self):
+        check_types(self)
         resolve_names(self)
         if self.learning_rate is None:
             self.learning_rate = self._default_learning_rate
@@ -504,6 +509,11 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         if self.eval_guidance_scale is None:
             self.eval_guidance_scale = self.sample_guidance_scale
         check_installed(self.deepspeed)
+        if self.ddp_backend is not None and "LOCAL_RANK" not in os.environ:
+            raise ValueError(
+                f"`ddp_backend` is {self.ddp_backend!r}, and this is one process alone, which Accelerate then cannot "
+                "set up. Leave it unset, or start with `accelerate launch` or `torchrun`."
+            )
         super().__post_init__()
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError(
@@ -519,6 +529,24 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         if isinstance(values["model_init_kwargs"], dict) and "token" in values["model_init_kwargs"]:
             values["model_init_kwargs"] = {**values["model_init_kwargs"], "token": "<TOKEN>"}
         return values
+
+    def without_tokens(self) -> "DGPOConfig":
+        """A copy to be shown or saved, with a mark in place of each token."""
+        shown = copy.copy(self)
+        for each in dataclasses.fields(self):
+            if each.name.endswith("_token") and getattr(self, each.name) is not None:
+                setattr(shown, each.name, f"<{each.name.upper()}>")
+        if isinstance(self.model_init_kwargs, dict) and "token" in self.model_init_kwargs:
+            shown.model_init_kwargs = {**self.model_init_kwargs, "token": "<TOKEN>"}
+        return shown
+
+    def __repr__(self) -> str:
+        # Not a dataclass's own, which would show tokens in every traceback and log that shows a configuration.
+        shown = self.without_tokens()
+        values = (f"{each.name}={getattr(shown, each.name)!r},\n" for each in dataclasses.fields(self))
+        return f"{type(self).__name__}(\n{''.join(values)})"
+
+    __str__ = __repr__
 
     @property
     def height(self) -> int:

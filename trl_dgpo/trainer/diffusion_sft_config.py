@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from .dgpo_config import DGPOConfig
 
 
-@dataclass
+@dataclass(repr=False)
 class DiffusionSFTConfig(DGPOConfig):
     r"""
     Configuration class for the [`DiffusionSFTTrainer`].

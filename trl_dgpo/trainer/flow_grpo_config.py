@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..field_types import check_types
 from .dgpo_config import DGPOConfig
 
 
-@dataclass
+@dataclass(repr=False)
 class FlowGRPOConfig(DGPOConfig):
     r"""
     Configuration class for the [`FlowGRPOTrainer`].
@@ -142,6 +143,7 @@ class FlowGRPOConfig(DGPOConfig):
         return self.num_sde_steps or self.sample_num_steps - 1
 
     def __post_init__(self):
+        check_types(self)
         scale = self.reference_guidance_scale
         if not isinstance(scale, _Followed) and scale not in (1.0, self.sample_guidance_scale):
             raise ValueError(

@@ -9,7 +9,7 @@ _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit
 ROLES = ("fake", "surrogate", "student")  # in the order in which an update trains them
 
 
-@dataclass
+@dataclass(repr=False)
 class TDMR1Config(DGPOConfig):
     r"""
     Configuration class for the [`TDMR1Trainer`].

@@ -1,0 +1,82 @@
+"""A configuration's field holds a value of its type, and what it does not is told by the field's name."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_trainers import tiny_config
+
+from trl_dgpo import DGPOConfig, FlowGRPOConfig
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"beta": "100"}, TypeError, r"`beta` is '100', of type str; it must be a float\.$"),
+        ({"beta": None}, TypeError, r"`beta` is None, of type NoneType; it must be a float\.$"),
+        ({"beta": True}, TypeError, "`beta` is True, of type bool"),
+        ({"num_generations": 4.0}, TypeError, r"`num_generations` is 4\.0, of type float; it must be an int\.$"),
+        ({"save_ema": 1}, TypeError, "`save_ema` is 1, of type int; it must be a bool"),
+        ({"width": "32"}, TypeError, "`width` is '32', of type str; it must be an int or None"),
+        (
+            {"reward_weights": ["a"]},
+            TypeError,
+            r"`reward_weights` is \['a'\], of type list; it must be `list\[float\]` or",
+        ),
+        ({"learning_rate": math.nan}, ValueError, "`learning_rate` is nan; it must be a finite number"),
+        ({"kl_coef": math.inf}, ValueError, "`kl_coef` is inf; it must be a finite number"),
+        (
+            {"num_generations": 10**18},
+            ValueError,
+            "`num_generations` is 1000000000000000000; it must be at most 65536",
+        ),
+        ({"seed": 10**5000}, ValueError, "`seed` is a number of 16610 bits; it must be at most 4294967295"),
+        ({"run_name": 10**5000}, TypeError, "`run_name` is a number of 16610 bits, of type int; it must be a str"),
+        ({"optim": "adam"}, ValueError, "`optim` is 'adam'; it must be one of .*'adamw_torch'"),
+        ({"lr_scheduler_type": "flat"}, ValueError, "`lr_scheduler_type` is 'flat'; it must be one of .*'constant'"),
+        ({"log_level": "loud"}, ValueError, "`log_level` is 'loud'; it must be one of .*'info'"),
+        ({"debug": "all of it"}, ValueError, r"`debug` has \['all', 'of', 'it'\]; it may have 'tpu_metrics_debug'"),
+        ({"output_dir": "a/" + "b" * 256}, ValueError, "`output_dir` is 'a/bbb.*at most 255 bytes"),
+        ({"output_dir": "a\0b"}, ValueError, r"`output_dir` is 'a\\x00b', which no folder can be called"),
+        ({"accelerator_config": {"split": 1}}, ValueError, r"`accelerator_config` has \['split'\]; it may have 'disp"),
+        (
+            {"accelerator_config": "no/file.json"},
+            ValueError,
+            "`accelerator_config` is 'no/file.json', which cannot be",
+        ),
+        ({"lr_scheduler_kwargs": "{"}, ValueError, "`lr_scheduler_kwargs` is '{', which cannot be read .*a brace"),
+        ({"ddp_backend": "gloo"}, ValueError, "`ddp_backend` is 'gloo', and this is one process .*torchrun"),
+    ],
+)
+def test_what_does_not_fit_is_told(tmp_path, given, error, message):
+    with pytest.raises(error, match=message):
+        DGPOConfig(**{"output_dir": str(tmp_path), "use_cpu": True, **given})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"beta": 100, "kl_coef": 0},
+        {"beta": np.float32(10), "num_generations": np.int64(4)},
+        {"reward_timeout": math.inf, "advantage_clip": math.inf, "max_grad_norm": math.inf},
+        {"reward_weights": (1, 0.5)},
+        {"scale_rewards": True},
+        {"optim": "sgd", "lr_scheduler_type": "cosine", "debug": "underflow_overflow"},
+        {"model_init_kwargs": '{"revision": "main"}', "accelerator_config": '{"even_batches": false}'},
+    ],
+    ids=str,
+)
+def test_what_fits_is_taken(tmp_path, given):
+    dataclasses.replace(tiny_config(tmp_path, **given))  # whose values are those that the first one settled
+
+
+def test_a_method_is_asked_before_it_settles_its_own_fields(tmp_path):
+    with pytest.raises(TypeError, match="`sample_num_steps` is '4', of type str"):
+        tiny_config(tmp_path, FlowGRPOConfig, sample_num_steps="4")
+
+
+def test_a_tensor_is_no_number(tmp_path):
+    with pytest.raises(TypeError, match=r"`beta` is tensor\(1\.\), of type Tensor"):
+        tiny_config(tmp_path, beta=torch.tensor(1.0))
