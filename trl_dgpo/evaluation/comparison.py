@@ -86,7 +86,8 @@ def compare(
         scores (`dict[str, dict[str, torch.Tensor]]`):
             For each model and reward `(P, N)`: infinite where the reward failed, `NaN` where it does not apply.
         measures (`dict[str, torch.Tensor]`):
-            For each model `(P, N, 6)`: darkness, contrast, saturation and the mean colour, see [`measure_images`].
+            For each model `(P, N, 6)`: darkness, contrast, saturation and the mean colour, see
+            [`~trl_dgpo.evaluation.measure_images`].
         tags (`list[str]`, *optional*):
             Tag of each prompt.
         mean_of_tags (`bool`, *optional*, defaults to `False`):
