@@ -31,7 +31,10 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += [page for page in sorted(DOCS.rglob("*.md")) if page.name not in ("contributing.md", "changelog.md")]
 # Pages that train for more than a few seconds; the front page and those of one run stay in the default run.
-LONG = {"README.md", "docs/few_steps.md", "docs/methods.md", "docs/migration.md", "docs/recipes.md", "docs/rewards.md"}
+LONG = {
+    *("README.md", "CONTRIBUTING.md"),
+    *("docs/few_steps.md", "docs/methods.md", "docs/migration.md", "docs/recipes.md"),
+}
 
 FENCE = re.compile(r"^( *)```(\w+|\{\w+\})([^\n]*)\n(.*?)^\1```$", re.M | re.S)
 NOT_RUN = re.compile(r"# Not run here: \w")
