@@ -18,6 +18,7 @@ _SECTION = re.compile(r"(Args|Parameters|Attributes|Returns|Yields|Raises|Exampl
 _OF_PARAMETERS = {"Args", "Parameters", "Attributes"}
 _NAMES = re.compile(r"(?:^|(?<=\), ))\*{0,2}\w+(?:, \*{0,2}\w+)*(?= \(|$)")
 _MATH = re.compile(r"\\{1,2}\((.+?)\\{1,2}\)", re.S)
+_FORMULA = re.compile(r"(?<=\n\n)\$([^$\n]+)\$(?=\n\n|\Z)")  # a paragraph of its own
 
 
 def public(module: ModuleType) -> list[Any]:
@@ -104,6 +105,7 @@ def as_markdown(docstring: str, scope: Any) -> str:
             lines.append((":   " if begins else "    ") + line[8:] if text else "")
             begins = begins and not text
     text = _MATH.sub(lambda math: f"${' '.join(math[1].split())}$", "\n".join(lines))
+    text = _FORMULA.sub(r"$$\1$$", text)
     return REFERENCE.sub(lambda match: _role(match[1], scope), text)
 
 
