@@ -543,7 +543,7 @@ def test_the_site_opens_in_a_browser(site, tmp_path):
     for name, words in {"gate": "Concepts", "dgpo_loss": "trl_dgpo.losses"}.items():
         done = chromium(tmp_path, (site / "search.html").as_uri() + f"?q={name}", "--dump-dom")
         assert "CONSOLE" not in done.stderr, done.stderr
-        results = re.search(r'<ul class="search".*?</ul>', done.stdout, re.S)
+        results = re.search(r'<ul[^>]* class="search".*?</ul>', done.stdout, re.S)
         assert results, "no results"
         assert words in results[0]
 
