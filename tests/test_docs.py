@@ -157,7 +157,7 @@ def check_command(words: list[str], capsys) -> None:
     if program == "trl-dgpo":
         check_own(rest, capsys)
     elif program in ("python", "torchrun", "accelerate"):
-        check_script(program, rest)
+        check_script(program, rest, capsys)
     elif program == "pytest":
         for word in rest:
             assert "/" not in word or (ROOT / word).exists(), word
@@ -201,7 +201,7 @@ def check_own(rest: list[str], capsys) -> None:
 TINY = ["--model_name_or_path", "tiny"]
 
 
-def check_script(program: str, rest: list[str]) -> None:
+def check_script(program: str, rest: list[str], capsys) -> None:
     """A launcher's own flags, the script that it starts, and that script's flags."""
     if rest[:2] == ["-m", "venv"] or rest[:1] == ["-c"]:
         return
@@ -218,8 +218,9 @@ def check_script(program: str, rest: list[str]) -> None:
         launched = launch_command_parser().parse_args(rest[1:])
         assert launched.config_file is None or (ROOT / launched.config_file).is_file()
         script, given = launched.training_script, launched.training_script_args
-    elif rest[0] == "-m":
-        script, given = rest[1].replace(".", "/") + ".py", rest[2:]
+        if launched.module:
+            check_command(["python", "-m", script, *given], capsys)
+            return
     else:
         script, given = rest[0], rest[1:]
     known = known_flags()
@@ -242,7 +243,7 @@ def test_every_command_is_one(page, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=name(p)) for p in PAGES])
-def test_commands_in_the_text_have_flags_that_there_are(page):
+def test_commands_in_the_text_have_flags_that_there_are(page, capsys):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     own = known_flags() | {"--host", "--port", "--normalize", "--help"}
     for command in re.findall(r"(?<!`)`(trl-dgpo \w[^`]*)`(?!`)", text):
@@ -251,7 +252,7 @@ def test_commands_in_the_text_have_flags_that_there_are(page):
         assert flags(words) <= own, command
     for command in re.findall(r"(?<!`)`(python [\w/]+\.py[^`]*)`(?!`)", text):
         if command.split()[1] != "train.py":
-            check_script("python", re.sub(r"[\[\]]", " ", command).split()[1:])
+            check_script("python", re.sub(r"[\[\]]", " ", command).split()[1:], capsys)
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=name(p)) for p in PAGES if blocks(p, "yaml")])
