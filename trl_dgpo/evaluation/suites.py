@@ -3,7 +3,8 @@ Suites: the evaluations that papers print, for a model and LoRAs on it, side by 
 
 A suite's folder holds pictures, scores and results, and can be gone on with: what is there is neither sampled nor
 scored again, whether it was interrupted or another reward is asked for later. Pictures are sampled from noise that
-depends on prompt and number alone ([`evaluation_latents`]), and are scored as they lie on the disk.
+depends on prompt and number alone ([`~trl_dgpo.evaluation.evaluation_latents`]), and are scored as they lie on the
+disk.
 """
 
 import copy

@@ -3,7 +3,7 @@ Rewards by a vision-language model behind an OpenAI-compatible `/v1/chat/complet
 
 One request an image. An answer that cannot be read gives NaN, never a number; so does an image whose request fails in
 every try or is refused for what it holds (status 400, 413, 422: a prompt that is too long, say). What would be so for
-every image is raised. Which failures are tried again says [`http.JSONService`].
+every image is raised. Which failures are tried again says [`~trl_dgpo.rewards.http.JSONService`].
 """
 
 import logging

@@ -68,9 +68,10 @@ class RemoteReward:
     """
     Reward that a server gives: one of [`serve`], or any other that speaks this module's protocol.
 
-    A batch goes out in parts, several at a time. A part that fails in every try (see [`http.JSONService`] for which
-    failures are tried again) gives NaN for its images alone, and an error in the log. A request that is refused, or a
-    reply that breaks the protocol, would be so for every image and is raised.
+    A batch goes out in parts, several at a time. A part that fails in every try (see
+    [`~trl_dgpo.rewards.http.JSONService`] for which failures are tried again) gives NaN for its images alone, and an
+    error in the log. A request that is refused, or a reply that breaks the protocol, would be so for every image and
+    is raised.
 
     Args:
         url (`str`):
