@@ -69,6 +69,13 @@ def damage(checkpoint: Path) -> str | None:
     Returns:
         `str`, *optional*: the first file that is not as it was written, and in what; `None` for none.
     """
+    try:
+        return _damage(checkpoint)
+    except OSError as error:  # of a disk that is broken
+        return f"{checkpoint} cannot be read ({error})"
+
+
+def _damage(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir():
         return f"{checkpoint} is no folder"
     manifest = checkpoint / MANIFEST

@@ -9,14 +9,19 @@ matter, failing rewards are that of `trl_dgpo.rewards.scoring`.
 import logging
 import math
 import os
+import random
 import signal
+import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -24,15 +29,17 @@ logger = logging.getLogger(__name__)
 
 # SIGTERM is what clusters send, SIGUSR1 what people let Slurm send some time before (`--signal=USR1@120`).
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+PASSED_ON = 5.0  # seconds within which a launcher passes on the signal that its processes got too
 
 
 class StopSignals:
     """
-    Context in which the first SIGTERM or SIGUSR1 is a request, and the second ends the process at once, as it would
-    have without this.
+    Context in which the first SIGTERM or SIGUSR1 is a request, and one more, seconds later, ends the process at once,
+    as it would have without this. One that comes at the first's heels is the same, passed on by a launcher.
 
-    Only the main thread can handle signals: in another, as in some notebooks, nothing changes. A handler that somebody
-    else has installed, and a signal that is ignored, stay as they are.
+    A child that is forked inside ends as it would have without this. Only the main thread can handle signals: in
+    another, as in some notebooks, nothing changes. A handler that somebody else has installed, and a signal that is
+    ignored, stay as they are.
 
     Attributes:
         received (`int`):
@@ -41,10 +48,11 @@ class StopSignals:
 
     def __init__(self):
         self.received = 0
+        self._since, self._process = 0.0, 0
         self._taken: list[int] = []
 
     def __enter__(self) -> "StopSignals":
-        self.received = 0
+        self.received, self._process = 0, os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 if signal.getsignal(number) is signal.SIG_DFL:
@@ -59,10 +67,13 @@ class StopSignals:
             signal.signal(self._taken.pop(), signal.SIG_DFL)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.received:
+        now = time.monotonic()
+        if os.getpid() != self._process or (self.received and now - self._since > PASSED_ON):
             self.__exit__(None, None, None)
             signal.raise_signal(number)
-        self.received = number
+        if self.received:
+            return
+        self.received, self._since = number, now
         # Not by `logging`: the main thread may be in the middle of writing a line.
         name = signal.Signals(number).name
         os.write(2, f"{name}: the run ends after the present optimiser step; once more ends it now.\n".encode())
@@ -95,32 +106,35 @@ class StepGuard:
     def is_exhausted(self) -> bool:
         return self.in_a_row >= self.max_skipped
 
-    def skips(self, step: int, losses: list[float], norms: list[float], is_scaled: bool = False) -> bool:
+    def skips(self, step: int, loss: float, norm: float, is_scaled: bool = False) -> bool:
         """
         Whether an optimiser step is to be left out; it is counted, and the log tells why.
+
+        The gradient's norm decides, which is the same in every process: what one process's loss spoils is in the
+        gradient that all of them have.
 
         Args:
             step (`int`):
                 Its number, from 1.
-            losses (`list[float]`), norms (`list[float]`):
-                Loss and gradient norm in each process.
+            loss (`float`):
+                This process's loss.
+            norm (`float`):
+                Norm of the gradient.
             is_scaled (`bool`, *optional*, defaults to `False`):
                 Whether a gradient that is not finite is the affair of fp16's loss scaling, which leaves such a step
                 out by itself and tries a smaller scale.
         """
-        finite = all(map(math.isfinite, losses))
-        overflows = not all(map(math.isfinite, norms))
-        limit = math.inf if self.max_norm is None else self.max_norm
-        if finite and not (overflows and not is_scaled) and not any(limit < norm < math.inf for norm in norms):
-            if not overflows:
-                self.in_a_row = 0
+        if not math.isfinite(norm) and is_scaled:
+            return False
+        if norm <= (sys.float_info.max if self.max_norm is None else self.max_norm):
+            self.in_a_row = 0
             return False
         self.total += 1
         self.in_a_row += 1
         logger.warning(
-            "Optimiser step %d is left out, the %d. in a row: loss %s, gradient norm %s%s. Weights, moments and "
+            "Optimiser step %d is left out, the %d. in a row: loss %.3g, gradient norm %.3g%s. Weights, moments and "
             "averages stay as they are; after %d in a row the run stops (`max_skipped_steps`).",
-            *(step, self.in_a_row, _numbers(losses), _numbers(norms)),
+            *(step, self.in_a_row, loss, norm),
             "" if self.max_norm is None else f" (at most {self.max_norm:g}, `skip_grad_norm`)",
             self.max_skipped,
         )
@@ -129,11 +143,26 @@ class StepGuard:
     def exhausted(self, step: int) -> str:
         """What to say when there have been too many."""
         return (
-            f"The last {self.in_a_row} optimiser steps, up to step {step}, were left out, because their loss or "
+            f"The last {self.in_a_row} optimiser steps, up to step {step}, were left out, because their "
             "gradient was not finite or above `skip_grad_norm`; the log above has the numbers. A lower "
             "`learning_rate`, a smaller `max_grad_norm`, bf16 in place of fp16, or an earlier checkpoint may help; "
             "`max_skipped_steps` says how many are borne."
         )
+
+
+def random_states() -> Callable[[], None]:
+    """Keep the global random states of Python, numpy and torch; what is returned brings them back when it is called."""
+    python, arrays, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        torch.set_rng_state(host)
+        if device is not None:
+            torch.cuda.set_rng_state(device)
+
+    return restore
 
 
 def check_output_dir(directory: str | os.PathLike) -> None:
@@ -166,7 +195,3 @@ def is_lost_process(error: BaseException) -> bool:
     """Whether an error of a collective operation says that another process is gone or silent."""
     # NCCL's errors have a class; gloo's, when an end of a connection is gone or silent, the file that raised them.
     return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
-
-
-def _numbers(values: list[float]) -> str:
-    return ", ".join(dict.fromkeys(f"{value:.3g}" for value in values))  # most are the same in all processes

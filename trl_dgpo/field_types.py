@@ -6,6 +6,7 @@ import json
 import math
 import numbers
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -39,9 +40,15 @@ _ALSO = {
     "accelerator_config": (AcceleratorConfig,),
     "debug": (type(None),),
     "fsdp": (bool,),
+    "logdir": (os.PathLike,),
+    "output_dir": (os.PathLike,),
+    "resume_from": (os.PathLike,),
+    "resume_from_checkpoint": (bool, os.PathLike),
     "scale_rewards": (bool,),
 }
 _PATHS = ("logdir", "output_dir", "resume_from", "resume_from_checkpoint")
+# Where a number beyond all steps means never.
+_STEPS = ("eval_steps", "logging_steps", "max_steps", "save_steps")
 _LONGEST_NAME = 255
 # Given as a dictionary or a file that holds one.
 _FILES = ("accelerator_config", "deepspeed", "fsdp_config")
@@ -78,8 +85,8 @@ def check_types(config: Any) -> None:
             raise ValueError(f"`{name}` is {_shown(value)}; it must be one of {', '.join(map(repr, choices))}.")
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
             _check_number(name, value)
-        if name in _PATHS and isinstance(value, str):
-            check_path(name, value)
+        if name in _PATHS and isinstance(value, str | os.PathLike):
+            check_path(name, os.fspath(value))
         if name in config._VALID_DICT_FIELDS and isinstance(value, str):
             value = _read_dictionary(name, value)
         if name == "accelerator_config" and isinstance(value, Mapping):
@@ -90,9 +97,18 @@ def check_types(config: Any) -> None:
 
 @cache
 def _annotations(config_class: type) -> dict[str, tuple[Any, ...]]:
-    hints = typing.get_type_hints(config_class)
+    hints = _hints(config_class)
     hints["lr_scheduler_type"] = SchedulerType  # annotated as any text
-    return {field.name: _members(hints[field.name]) for field in dataclasses.fields(config_class)}
+    return {field.name: _members(hints.get(field.name, Any)) for field in dataclasses.fields(config_class)}
+
+
+def _hints(config_class: type) -> dict[str, Any]:
+    for each in config_class.__mro__:
+        try:
+            return typing.get_type_hints(each)
+        except NameError:  # of a subclass whose annotations are of names that only a type checker imports
+            continue
+    return {}
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
@@ -117,13 +133,14 @@ def _fits(value: Any, kind: Any) -> bool:
     if _is_choice(kind):
         return isinstance(value, kind) or (isinstance(value, str) and value in {choice.value for choice in kind})
     if origin is typing.Literal:
-        return any(value is choice for choice in typing.get_args(kind))
+        return any(type(value) is type(choice) and value == choice for choice in typing.get_args(kind))
     if origin is list:
         [item] = typing.get_args(kind)
         return isinstance(value, list | tuple) and all(_fits(each, item) for each in value)
     if origin is dict or kind is dict:
         return isinstance(value, Mapping)
-    return isinstance(value, kind)
+    kind = origin or kind
+    return not isinstance(kind, type) or isinstance(value, kind)  # of a form that is not known here: taken
 
 
 def _in_words(kind: Any) -> str:
@@ -145,7 +162,7 @@ def _shown(value: Any) -> str:
 
 def _check_number(name: str, value: Any) -> None:
     if isinstance(value, numbers.Integral):  # whose greatest are beyond all floats
-        most = _MOST_IMAGES if name in _IMAGES else _LARGEST
+        most = _MOST_IMAGES if name in _IMAGES else sys.maxsize if name in _STEPS else _LARGEST
         if abs(value) > most:
             raise ValueError(f"`{name}` is {_shown(value)}; it must be at most {most}.")
     elif math.isnan(value) or (math.isinf(value) and name not in _MAY_BE_INFINITE):

@@ -174,6 +174,14 @@ def _on_device(images: Tensor, device: torch.device) -> Iterator[Tensor]:
     return (part.to(device) for part in images.split(_AT_ONCE))
 
 
+def _way_back(args: Any, state: Any, best_step: int) -> str:
+    if not args.load_best_model_at_end:
+        return "`load_best_model_at_end` would bring the best one back."
+    if best_step == 0:  # of which there is no checkpoint
+        return f"That is the model before training; loaded is the best checkpoint, of step {state.best_global_step}."
+    return "The best checkpoint is loaded."
+
+
 class HeldOutGuard(TrainerCallback):
     """
     Watches a metric on held-out prompts: warns where it falls while the training reward rises, and stops early.
@@ -214,9 +222,7 @@ class HeldOutGuard(TrainerCallback):
                     "last %.4g. %s",
                     *(state.global_step, self.metric, evaluated[best][self.metric], evaluated[best]["step"]),
                     *(len(since), since[-1][self.metric]),
-                    "The best checkpoint is loaded."
-                    if args.load_best_model_at_end
-                    else "`load_best_model_at_end` would bring the best one back.",
+                    _way_back(args, state, evaluated[best]["step"]),
                 )
 
     def _compare(self, state: Any, evaluated: list[dict[str, float]], best: int) -> None:

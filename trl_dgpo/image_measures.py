@@ -56,7 +56,7 @@ def measure_images(images: Tensor) -> dict[str, Tensor]:
 
 def _colour_entropy(images: Tensor) -> Tensor:
     number = COLOUR_LEVELS**3
-    red, green, blue = (images.long() * COLOUR_LEVELS // 256).flatten(2).unbind(1)
+    red, green, blue = (images // (256 // COLOUR_LEVELS)).long().flatten(2).unbind(1)
     colours = (red * COLOUR_LEVELS + green) * COLOUR_LEVELS + blue
     first = number * torch.arange(len(images), device=images.device)[:, None]
     counts = (colours + first).flatten().bincount(minlength=number * len(images)).view(len(images), number)

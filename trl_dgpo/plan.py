@@ -490,7 +490,7 @@ def what_would_fit(
         return least
     try:
         fitted = fit(read_model(model, args, peft_config=peft_config), args, vram, quantized=quantized)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # nothing in the advice may stand in the way of the fault that it is for
         return f"{least} (There is no plan: {error})"
     need = f"{_gib(fitted.asked.total()):.2f} GiB ({fitted.asked.peak_phase})"
     if fitted.fits and fitted.changes:

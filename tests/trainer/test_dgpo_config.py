@@ -229,7 +229,7 @@ def test_a_command_line_can_turn_off_what_none_turns_off(tmp_path):
     [
         ({"max_skipped_steps": 0}, "`max_skipped_steps` is 0; it must be at least 1"),
         ({"skip_grad_norm": 0.0}, "`skip_grad_norm` is 0.0; it must be above 0"),
-        ({"skip_grad_norm": float("nan")}, "`skip_grad_norm` is nan; it must be above 0"),
+        ({"skip_grad_norm": float("nan")}, "`skip_grad_norm` is nan; it must be a finite number"),
         ({"enable_jit_checkpoint": True}, "SIGTERM is answered without it"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import re
 import resource
 import shutil
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_trainers import brightness, everything, same, scramble, tiny_trainer, weights
+from tiny_models import tiny_random_pipeline
+from tiny_trainers import brightness, everything, same, scramble, tiny_config, tiny_trainer, weights
 from transformers import TrainerCallback
 
+from trl_dgpo import DGPOTrainer, checkpoints, faults
 from trl_dgpo.checkpoints import MANIFEST, damage, newest_first
-from trl_dgpo.faults import StepGuard, StopSignals, check_output_dir
+from trl_dgpo.faults import PASSED_ON, StepGuard, StopSignals, check_output_dir
 from trl_dgpo.rewards.scoring import RewardsFailedError
 
 
@@ -193,6 +196,14 @@ def test_every_file_of_a_checkpoint_is_looked_at(whole, tmp_path, spoil):
             assert str(copy / file.relative_to(folder / "checkpoint-3")) in damage(copy)
 
 
+def test_a_file_that_cannot_be_read_is_damage(whole, monkeypatch):
+    def broken(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoints, "_crc32", broken)
+    assert "checkpoint-3 cannot be read ([Errno 5] Input/output error: " in damage(whole[0] / "checkpoint-3")
+
+
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(whole, tmp_path, caplog):
     folder, end = whole
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -275,8 +286,10 @@ def test_a_step_that_would_spoil_the_weights_is_left_out(tmp_path, caplog, facto
     assert [log.get("skipped_steps") for log in trainer.state.log_history if "loss" in log] == [None, 1, 1]
 
 
-def test_too_many_in_a_row_stop_the_run_with_its_state_saved(tmp_path):
-    trainer = spoiled_trainer(tmp_path, {3, 4}, **{**SAVING, "max_steps": 6, "save_steps": 10}, max_skipped_steps=2)
+@pytest.mark.parametrize("save_steps", [1, 10])  # also where the last of them has had its checkpoint already
+def test_too_many_in_a_row_stop_the_run_with_its_state_saved(tmp_path, save_steps):
+    config = {**SAVING, "max_steps": 6, "save_steps": save_steps}
+    trainer = spoiled_trainer(tmp_path, {3, 4}, **config, max_skipped_steps=2)
     with pytest.raises(RuntimeError, match=r"last 2 optimiser steps, up to step 4, .*checkpoint-4: go on with"):
         trainer.train()
     left = everything(trainer)
@@ -294,19 +307,21 @@ def test_the_count_goes_through_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("losses", "norms", "is_scaled", "skips"),
+    ("loss", "norm", "is_scaled", "skips"),
     [
-        ([0.1], [1.0], False, False),
-        ([0.1], [11.0], False, True),
-        ([float("nan"), 0.1], [1.0, 1.0], False, True),  # in one of two processes
-        ([0.1], [float("inf")], False, True),
-        ([0.1], [float("inf")], True, False),  # fp16's scaling, which leaves it out by itself
-        ([float("nan")], [float("nan")], True, True),
+        (0.1, 1.0, False, False),
+        (0.1, 10.0, False, False),
+        (0.1, 11.0, False, True),
+        (0.1, float("nan"), False, True),  # the loss of another process
+        (0.1, float("inf"), False, True),
+        (0.1, float("inf"), True, False),  # fp16's scaling, which leaves it out by itself
+        (0.1, 11.0, True, True),
+        (float("inf"), 1.0, False, False),  # of what has no gradient: it spoils nothing
     ],
 )
-def test_what_is_left_out(losses, norms, is_scaled, skips):
+def test_what_is_left_out(loss, norm, is_scaled, skips):
     guard = StepGuard(max_skipped=2, max_norm=10.0, in_a_row=1, total=1)
-    assert guard.skips(7, losses, norms, is_scaled) is skips
+    assert guard.skips(7, loss, norm, is_scaled) is skips
     assert guard.total == 1 + skips
     assert guard.is_exhausted is skips
     # What scaling leaves out is no step that was taken, nor one of ours.
@@ -336,9 +351,10 @@ def test_out_of_memory_says_where_and_what_would_save_some(tmp_path, monkeypatch
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_signal_ends_the_run_after_the_step_and_it_goes_on_to_the_bit(whole, tmp_path, caplog):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_the_run_after_the_step_and_it_goes_on_to_the_bit(whole, tmp_path, caplog, name):
     _, end = whole
-    number, name = signal.SIGTERM, "SIGTERM"
+    number = getattr(signal, name)
     trainer = small_trainer(tmp_path, **{**SAVING, "save_steps": 10})
     trainer.add_callback(At(2, lambda: signal.raise_signal(number)))
     with pytest.raises(SystemExit) as caught:
@@ -362,15 +378,44 @@ def test_without_checkpoints_a_signal_says_that_nothing_is_kept(tmp_path, caplog
     assert not newest_first(tmp_path)
 
 
-def test_a_second_signal_ends_at_once():
+def exit_code_of(act) -> int:
+    """That of a process of its own."""
     child = os.fork()
     if child == 0:
+        act()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(PASSED_ON + 1, -signal.SIGTERM), (0.1, 0)], ids=["later", "passed on"])
+def test_a_second_signal_ends_at_once(monkeypatch, seconds, code):
+    now = iter([100.0, 100.0 + seconds])
+    monkeypatch.setattr(faults.time, "monotonic", lambda: next(now))
+
+    def twice():
         with StopSignals() as signals:
             signal.raise_signal(signal.SIGTERM)
             if signals.received == signal.SIGTERM:
                 signal.raise_signal(signal.SIGTERM)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+    assert exit_code_of(twice) == code
+
+
+def test_a_forked_child_ends_by_the_first_signal():
+    with StopSignals() as signals:
+        assert exit_code_of(lambda: signal.raise_signal(signal.SIGTERM)) == -signal.SIGTERM
+    assert not signals.received
+
+
+def test_a_signal_after_the_last_step_ends_the_process_too(tmp_path):
+    class Late(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer = small_trainer(tmp_path, max_steps=1, callbacks=[Late()])
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 143
 
 
 def test_another_handler_and_another_thread_keep_theirs():
@@ -417,6 +462,37 @@ def test_rewards_that_stay_away_stop_the_run_with_its_state_saved(whole, tmp_pat
     again = small_trainer(tmp_path, **SAVING)
     again.train(resume_from_checkpoint=True)
     assert same(everything(again), end)
+
+
+def test_prompts_drawn_at_random_are_drawn_again_after_rewards_that_failed(tmp_path):
+    def trained(folder, limit):
+        prompts = []
+
+        def prompt_function():
+            return random.choice("abcdefgh"), {}
+
+        def reward(images, prompts_of_images, metadata):
+            if len(images) > 1:  # else one that failed before is tried alone
+                prompts.append(tuple(prompts_of_images))
+            if len(prompts) == limit:
+                raise ConnectionError("the server is gone")
+            return images.float().mean((1, 2, 3)), {}
+
+        config = {**SAVING, "save_steps": 10, "reward_self_test": False, "num_log_images": 0}
+        random.seed(0)
+        args = tiny_config(folder, **{**SMALL, **config})
+        return DGPOTrainer(args, reward, prompt_function, tiny_random_pipeline()), prompts
+
+    whole, drawn = trained(tmp_path / "whole", None)
+    whole.train()
+    assert len(drawn) == 3
+    failing, _ = trained(tmp_path, 3)
+    with pytest.raises(RewardsFailedError):
+        failing.train()
+    again, drawn_again = trained(tmp_path, None)
+    again.train(resume_from_checkpoint=True)
+    assert drawn_again == drawn[2:]
+    assert same(everything(again), everything(whole))
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

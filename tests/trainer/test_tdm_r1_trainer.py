@@ -584,7 +584,7 @@ def test_the_authors_numbers_are_the_defaults(tmp_path):
         ({"full_finetuning": True}, "`full_finetuning` is True; .* LoRAs beside the student's"),
         ({"prompt_dropout": 0.1}, "`prompt_dropout` is 0.1"),
         ({"timestep_sampling": "continuous"}, "`timestep_sampling` is 'continuous'"),
-        ({"reference": "refreshed"}, "`reference` is 'refreshed'; for TDM-R1 it must be 'frozen' or 'old'"),
+        ({"reference": "refreshed"}, "`reference` is 'refreshed'; it must be one of 'frozen', 'old'"),
         ({"num_train_timesteps": 5}, r"`num_train_timesteps` \(5\) levels cannot be drawn"),
         ({"reward_steps": 5}, r"`reward_steps` is 5; .* in 1..4"),
         ({"reward_weight": 0.0}, r"`reward_weight` is 0.0; it must be in \(0, 1\]"),

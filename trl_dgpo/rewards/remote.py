@@ -376,7 +376,11 @@ class RewardServer(ThreadingHTTPServer):
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
         if self.places.acquire(blocking=False):
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except BaseException:  # no thread could be started, which would have given the place back
+                self.places.release()
+                raise
             return
         content = dumps({"error": f"the server has {_CONNECTIONS} connections already; try again later"})
         head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(content)}\r\nRetry-After: 1\r\n"

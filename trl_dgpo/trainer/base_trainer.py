@@ -54,7 +54,7 @@ from ..checkpoints import damage, newest_first, not_written, rotate, seal
 from ..ddpo_compat import DDPOFields, GRPOFields, PromptStream
 from ..engines import ENGINES, check_engine
 from ..evaluation import evaluation_latents, evaluation_metrics
-from ..faults import StepGuard, StopSignals, check_output_dir, is_lost_process
+from ..faults import StepGuard, StopSignals, check_output_dir, is_lost_process, random_states
 from ..field_types import check_path
 from ..guards import HeldOutGuard
 from ..hub import (
@@ -179,6 +179,8 @@ class DiffusionTrainer(_BaseTrainer):
         self._stopwatch = _Stopwatch(args.device)
         self._staging: Path | None = None  # where a checkpoint is being written
         self._saved_step: int | None = None  # of the last checkpoint of this call of `train`
+        self._resumed_from: Path | None = None
+        self._restore_random = random_states()  # those between two optimiser steps
         self._signals, self._guard = StopSignals(), StepGuard(args.max_skipped_steps, args.skip_grad_norm)
         self._step_loss: Tensor | float = 0.0  # of the micro-steps so far
         self._skips_step = False
@@ -605,8 +607,10 @@ class DiffusionTrainer(_BaseTrainer):
                 "`resume_from_checkpoint` under DeepSpeed would bring back the weights and not their averages, nor "
                 "the round. Start anew from what was saved, or resume with DDP or FSDP2."
             )
+        self._restore_random = random_states()
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+            self._resumed_from = Path(resume_from_checkpoint).absolute()
             self.args = copy.copy(args)
             self.args.eval_on_start = False  # that start was an earlier call's
         try:
@@ -616,9 +620,12 @@ class DiffusionTrainer(_BaseTrainer):
                 self._explaining_faults(),
                 self._signals,
             ):
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.args = args
+        if self._signals.received:  # after the last step, where nothing is left to be saved
+            raise SystemExit(128 + self._signals.received)
+        return output
 
     def _look_for_shared_folder(self) -> None:
         if self.args.world_size == 1 or self.args.save_on_each_node:
@@ -641,7 +648,7 @@ class DiffusionTrainer(_BaseTrainer):
     def _forget(self) -> None:
         self._metrics.clear()
         self._stopwatch.reset()
-        self._saved_step, self._step_loss, self._skips_step = None, 0.0, False
+        self._saved_step, self._resumed_from, self._step_loss, self._skips_step = None, None, 0.0, False
         self._guard = StepGuard(self.args.max_skipped_steps, self.args.skip_grad_norm)
 
     def _whole_checkpoint(self, asked: str | os.PathLike | bool) -> str:
@@ -698,13 +705,13 @@ class DiffusionTrainer(_BaseTrainer):
         """Leave out a step that would spoil the weights: without gradients no optimiser of torch moves anything."""
         norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         on_device = {"dtype": torch.float32, "device": self.args.device}
-        evidence = torch.stack([torch.as_tensor(value, **on_device) for value in (self._step_loss, norm)])
-        losses, norms = self._gather(evidence[None]).T.tolist()
+        # One wait for both.
+        loss, norm = torch.stack([torch.as_tensor(value, **on_device) for value in (self._step_loss, norm)]).tolist()
         self._step_loss = 0.0
         scaler = self.accelerator.scaler
         # Below a scale of 1 it is not the scale that makes gradients overflow.
-        is_scaled = scaler is not None and not math.isfinite(norms[0]) and scaler.get_scale() >= 1
-        self._skips_step = self._guard.skips(self.state.global_step + 1, losses, norms, is_scaled)
+        is_scaled = scaler is not None and not math.isfinite(norm) and scaler.get_scale() >= 1
+        self._skips_step = self._guard.skips(self.state.global_step + 1, loss, norm, is_scaled)
         if self._skips_step:
             model.zero_grad()
 
@@ -713,7 +720,8 @@ class DiffusionTrainer(_BaseTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self._guard.is_exhausted:
             text = self._guard.exhausted(self.state.global_step)
-            self._guard.in_a_row = 0  # whoever goes on from here has changed something
+            # Whoever goes on from here has changed something; a checkpoint of this step may have the old count.
+            self._guard.in_a_row, self._saved_step, self._resumed_from = 0, None, None
             raise RuntimeError(f"{text} {self._save_to_go_on()}")
         number = int(self._gather(torch.tensor([self._signals.received])).max())
         if number:
@@ -724,6 +732,7 @@ class DiffusionTrainer(_BaseTrainer):
                     *(signal.Signals(number).name, self.state.global_step, 128 + number, where),
                 )
             raise SystemExit(128 + number)
+        self._restore_random = random_states()
 
     def _save_to_go_on(self) -> str:
         """Write a checkpoint of the present step, unless there is one, and say where the state is."""
@@ -732,10 +741,10 @@ class DiffusionTrainer(_BaseTrainer):
             return "Its state is not kept, since `save_strategy` is 'no' or `save_only_model` is set."
         if step == 0:
             return "No optimiser step was taken, so there is nothing to keep."
-        if self._saved_step != step:
+        place = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if self._saved_step != step and self._resumed_from != place.absolute():
             self._save_checkpoint(self.model, None)
             self.control = self.callback_handler.on_save(args, self.state, self.control)
-        place = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         return f"Its state is in {place}: go on with `resume_from_checkpoint=True`."
 
     @contextmanager
@@ -744,6 +753,7 @@ class DiffusionTrainer(_BaseTrainer):
         try:
             yield
         except RewardsFailedError:
+            self._restore_random()  # as before the round that failed: it is drawn again
             where = self._save_to_go_on()
             if self.is_world_process_zero():
                 logger.error("Training stops after optimiser step %d. %s", self.state.global_step, where)
@@ -813,6 +823,8 @@ class DiffusionTrainer(_BaseTrainer):
             with self._raising_together("Writing a checkpoint"):
                 try:
                     yield
+                except torch.OutOfMemoryError:
+                    raise
                 except (OSError, RuntimeError, SafetensorError) as error:  # the latter two are writers' own
                     raise OSError(not_written(checkpoint, staging, error)) from error
         except Exception:

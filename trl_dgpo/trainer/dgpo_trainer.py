@@ -71,6 +71,7 @@ _OWN_METRICS = {
 _OWN_PREFIXES = ("rewards/", "time/", "loss/", "eval_", "train_", "images/", "images_vs_base/", "guard/")
 
 _KL_COEF = "trl_dgpo.kl_coef"  # where Trainer's state keeps it, beside what callbacks keep
+_KL_COEF_RANGE = 1000.0  # factor by which it may leave `kl_coef`
 _DIVERGENCE_GROUPS, _DIVERGENCE_LEVELS = 8, 4
 _LATENT_TOLERANCE = 16  # mean difference of a picture and its decoded latent; a JPEG's is below 5
 
@@ -393,6 +394,8 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
     @property
     def kl_coef(self) -> float:
         """Weight of the KL term: that of `args`, or where the controller of `kl_target` has moved it."""
+        if self.args.kl_target is None:
+            return self.args.kl_coef
         return self.state.stateful_callbacks.get(_KL_COEF, self.args.kl_coef)
 
     def end_update(self) -> None:
@@ -403,7 +406,9 @@ class DGPOTrainer(DDPOTrainerNames, DiffusionTrainer):
             self._metrics["kl_coef"].append(self.kl_coef)
             kl = self.accelerator.reduce(kl, "mean").item()
             moved = next_kl_coef(self.kl_coef, kl, target=args.kl_target, rate=args.kl_target_rate)
-            self.state.stateful_callbacks[_KL_COEF] = moved
+            # A long time on one side of the target must not take as long to be undone.
+            bounds = args.kl_coef / _KL_COEF_RANGE, args.kl_coef * _KL_COEF_RANGE
+            self.state.stateful_callbacks[_KL_COEF] = min(max(moved, bounds[0]), bounds[1])
         super().end_update()
 
     def _errors(self, prediction: Tensor, target: Tensor, fixed: Fixed, batch: MicroBatch, level: int) -> Tensor:

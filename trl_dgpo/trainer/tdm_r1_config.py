@@ -227,8 +227,6 @@ class TDMR1Config(DGPOConfig):
 
     def _check_objective(self) -> None:
         super()._check_objective()
-        if self.reference not in ("frozen", "old"):
-            raise ValueError(f"`reference` is {self.reference!r}; for TDM-R1 it must be 'frozen' or 'old'.")
         for name in ("fake_learning_rate", "surrogate_learning_rate", "fake_kl_coef"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be 0 or more.")
