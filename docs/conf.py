@@ -89,7 +89,8 @@ def _inline(writer, node):
 
 
 def _block(writer, node):
-    writer.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    # Room for what MathML draws beyond its line: the theme's wrapper would show a scroll bar.
+    writer.body.append(f'<div class="math" style="padding: 0.4em 0">{convert(node.astext(), display="block")}</div>')
     raise nodes.SkipNode
 
 

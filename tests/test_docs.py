@@ -500,11 +500,30 @@ def test_every_link_of_the_site_leads_somewhere(site):
     assert len(pages) > 2 * len(list(DOCS.rglob("*.md")))  # the sources are there too
 
 
+def test_the_table_of_the_log_has_every_name():
+    from trl_dgpo.trainer.dgpo_trainer import _OWN_METRICS
+
+    table = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8").split("## What the log says")[1]
+    own = _OWN_METRICS - {"learning_rate", "grad_norm", "epoch", "step"}  # Trainer's
+    assert not {name for name in own if f"`{name}`" not in table}
+
+
+@pytest.mark.slow
+def test_the_references_of_the_configurations_are_links(site):
+    page = (site / "api" / "configs.html").read_text(encoding="utf-8")
+    dead = re.findall(r'(?<!">)<code class="xref py py-obj[^"]*"><span class="pre">([^<]*)', page)
+    assert set(dead) <= {"from_pretrained"}  # diffusers'
+
+
 @pytest.mark.slow
 def test_the_site_asks_no_server_for_anything(site):
     loaded = re.compile(
-        r"""<(?:script|img|iframe)[^>]+src="(?:https?:)?//|<link[^>]+stylesheet[^>]+href="(?:https?:)?//"""
+        r"""<(?:script|img|iframe)[^>]+src="(?:https?:)?//|<link(?=[^>]*stylesheet)(?=[^>]*href="(?:https?:)?//)"""
     )
+    assert loaded.search('<link href="https://a.b/c.css" rel="stylesheet">')
+    styles = re.compile(r"""(?:@import|url\()\s*['"]?(?:https?:)?//""")
+    assert styles.search("@import '//a.b/c.css'")
+    assert not [path.name for path in site.rglob("*.css") if styles.search(path.read_text(encoding="utf-8"))]
     assert not [path.name for path in site.rglob("*.html") if loaded.search(path.read_text(encoding="utf-8"))]
     assert Page(site / "api" / "losses.html").tags.count("math") > 30
 
@@ -559,6 +578,8 @@ def test_the_sites_navigation_and_formulas(site, tmp_path):
     measure = """
     const height = (selector) => document.querySelector(selector).getBoundingClientRect().height;
     document.title = "fraction " + (height("math mfrac") > 1.3 * height("math mi"));
+    const wrappers = [...document.querySelectorAll(".math-wrapper")];
+    document.title += ", scrolled " + wrappers.filter((each) => each.scrollHeight > each.clientHeight).length;
     """
     done = chromium(tmp_path, acting(site / "concepts.html", measure), "--dump-dom")
-    assert "<title>fraction true</title>" in done.stdout
+    assert "<title>fraction true, scrolled 0</title>" in done.stdout

@@ -230,6 +230,7 @@ def sees_every_prompt(folder, prompts: list[str]) -> None:
         assert json.loads(step.read_text(encoding="utf-8"))["prompts"] == prompts[::4]
     assert [image["prompt"] for image in data["samples"]["steps"][0]["images"]] == prompts[::4]
     shown = {group["prompt"] for step in data["groups"]["steps"] for group in step["groups"]}
+    assert shown
     assert shown <= set(prompts)
     assert page.count("<script") == 2  # the data and the page's own
     assert not re.search(r"<(img|!--)", page)

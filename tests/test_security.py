@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 import trl_dgpo.rewards.http as client_http
 from trl_dgpo import DGPOTrainer, load_rollouts
+from trl_dgpo.checkpoints import MANIFEST
 from trl_dgpo.prompts.files import read_prompts
 from trl_dgpo.report import write_report
 from trl_dgpo.rewards.chat import ChatJudge
@@ -129,6 +130,7 @@ def test_a_trap_in_a_checkpoint_is_not_run(checkpoint, tmp_path, name, is_unread
     shutil.copytree(checkpoint, trapped)
     assert (trapped / name).is_file() or name == "adapter_model.bin"
     torch.save({"state": Trap(mark), "param_groups": Trap(mark)}, trapped / name)
+    (trapped / MANIFEST).unlink()  # with it the file is refused unread, and a stranger's checkpoint need not have one
     trainer = tiny_trainer(tmp_path / "run", **{**MIDDLE, "max_steps": 2})
     if is_unread:
         trainer.train(resume_from_checkpoint=str(trapped))
@@ -137,6 +139,7 @@ def test_a_trap_in_a_checkpoint_is_not_run(checkpoint, tmp_path, name, is_unread
         with pytest.raises(Exception) as error:  # of pickle, safetensors or json
             trainer.train(resume_from_checkpoint=str(trapped))
         assert not isinstance(error.value, AssertionError)
+        assert "is damaged" not in str(error.value)  # it was read
     assert not mark.exists()
 
 

@@ -151,7 +151,7 @@ class StepGuard:
 
 
 def random_states() -> Callable[[], None]:
-    """Keep the global random states of Python, numpy and torch; what is returned brings them back when it is called."""
+    """Keep the global random states of Python, numpy and torch; what is returned brings them back when called."""
     python, arrays, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
     device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
 

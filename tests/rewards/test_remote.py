@@ -651,7 +651,7 @@ def test_random_requests_are_answered_and_leave_the_server_as_it_was():
         return [1.0] * len(prompts)
 
     statuses = []
-    with served(reward, patience=0.2) as server:
+    with served(reward, patience=2.0) as server:
         threads = threading.active_count()
         for number in range(300):
             with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as connection:

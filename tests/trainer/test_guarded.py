@@ -289,14 +289,16 @@ def test_the_metric_can_be_another_of_the_evaluations(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "trl_dgpo.guards")
     trainer = held_out(
         tmp_path,
-        [0.5] * 5,
-        max_steps=2,
+        [0.1, 0.2, 0.3, 0.4],  # by which it would not stop
+        max_steps=3,
+        learning_rate=0.0,  # so that the pictures stay as they are
         early_stopping_patience=1,
         metric_for_best_model="images/contrast",
         greater_is_better=False,
         save_strategy="no",
     )
-    assert trainer.state.global_step < 3
+    assert trainer.state.global_step == 1
+    assert "Early stop at step 1: `eval_images/contrast` was" in caplog.text
     trainer = held_out(tmp_path / "too", [0.5] * 5, max_steps=2, early_stopping_patience=1, save_strategy="no")
     assert trainer.state.global_step == 1  # as good is not better
 

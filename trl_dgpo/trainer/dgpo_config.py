@@ -120,8 +120,8 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
             multiplied by `beta`, to mean the same.
         kl_target (`float`, *optional*):
             Hold the logged `kl` here: `kl_coef`, above 0, is then where its weight starts, which moves after each
-            optimiser step ([`~trl_dgpo.losses.next_kl_coef`]) and is logged as `kl_coef`. In the units of `kl`, which
-            a run without a target shows.
+            optimiser step ([`~trl_dgpo.losses.next_kl_coef`]), within a factor of 1000, and is logged as `kl_coef`. In
+            the units of `kl`, which a run without a target shows.
         kl_target_rate (`float`, *optional*, defaults to `0.1`):
             How fast that weight moves, in (0, 5): in each step by at most a fifth of this, as a share of itself, which
             is 2 % by default. A short run needs more.
@@ -190,7 +190,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Deal the prompts in a new order each epoch.
         max_skipped_steps (`int`, *optional*, defaults to `5`):
-            Optimiser steps in a row that are left out, because their loss or gradient is not finite or above
+            Optimiser steps in a row that are left out, because their gradient is not finite or above
             `skip_grad_norm`, after which training stops with its state saved. A step that is left out moves no weight,
             moment or average, but counts as a step; `skipped_steps` in the log is how many there were. With fp16 a
             gradient that is not finite is the loss scaling's, which lowers its scale, as long as that is 1 or more.
@@ -415,7 +415,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     max_skipped_steps: int = field(
         default=5,
         metadata={
-            "help": "Optimiser steps in a row, left out for their loss or gradient, after which training stops."
+            "help": "Optimiser steps in a row, left out for their gradient, after which training stops."
         },
     )
     skip_grad_norm: float | None = field(
