@@ -16,11 +16,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from fault_server import running
 from fuzz import ANYTHING, CONFIGS, random_config, random_prompt, random_training
 from huggingface_hub import ModelCard
 from PIL import Image
 from pyarrow import parquet
-from rewards.fault_server import running
 from tiny_models import tiny_random_pipeline
 from tiny_trainers import CONFIG, brightness, prompt_dataset, tiny_config, tiny_trainer
 
@@ -280,14 +280,18 @@ def test_half_a_character_is_told(pipeline, prompt):
         (datasets.Dataset.from_dict({"prompt": [[1]]}), ValueError, "column `prompt`"),
         (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"prompt": ["a"]})}), TypeError, "`train_dataset`"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_other_data_sets_are_told(tmp_path, pipeline, dataset, error, message):
     with pytest.raises(error, match=message):
         DGPOTrainer(model=pipeline, reward_funcs=brightness, args=tiny_config(tmp_path), train_dataset=dataset)
 
 
-@pytest.mark.parametrize("rewards", [None, [], 3, "ocr?", [None], [3], {}, b"x", brightness(images=[])], ids=str)
+@pytest.mark.parametrize(
+    "rewards",
+    [None, [], 3, "ocr?", [None], [3], {}, b"x", brightness(images=[])],
+    ids=lambda value: type(value).__name__,
+)
 def test_other_rewards_are_told(tmp_path, pipeline, rewards):
     with pytest.raises((TypeError, ValueError), match=r"[Rr]eward"):
         DGPOTrainer(
@@ -301,7 +305,7 @@ def test_other_rewards_are_told(tmp_path, pipeline, rewards):
 @pytest.mark.parametrize(
     "model",
     [None, 3, b"tiny", "", " ", "no/such/model", "../../etc", "\0", "a" * 5000, [], object(), torch.nn.Linear(1, 1)],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_other_models_are_told(tmp_path, model):
     with pytest.raises((TypeError, ValueError), match=r"model|pipeline"):
@@ -310,7 +314,7 @@ def test_other_models_are_told(tmp_path, model):
         )
 
 
-@pytest.mark.parametrize("args", [3, {}, "config", object(), DGPOConfig], ids=str)
+@pytest.mark.parametrize("args", [3, {}, "config", object(), DGPOConfig], ids=lambda value: type(value).__name__)
 def test_another_configuration_is_told(tmp_path, pipeline, args):
     with pytest.raises((TypeError, ValueError), match=r"args|config"):
         DGPOTrainer(model=pipeline, reward_funcs=brightness, args=args, train_dataset=prompt_dataset("a"))

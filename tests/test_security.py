@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rewards.fault_server import faults, reply
+from fault_server import faults, reply
 from tiny_trainers import brightness, prompt_dataset, tiny_config, tiny_trainer
 from transformers import TrainerCallback
 

@@ -414,9 +414,7 @@ class DGPOConfig(GRPOFields, DDPOFields, _BaseConfig):
     shuffle_dataset: bool = field(default=True, metadata={"help": "Deal the prompts in a new order each epoch."})
     max_skipped_steps: int = field(
         default=5,
-        metadata={
-            "help": "Optimiser steps in a row, left out for their gradient, after which training stops."
-        },
+        metadata={"help": "Optimiser steps in a row, left out for their gradient, after which training stops."},
     )
     skip_grad_norm: float | None = field(
         default=None,
