@@ -2,6 +2,11 @@
 
 import dataclasses
 import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -55,6 +60,35 @@ def test_what_does_not_fit_is_told(tmp_path, given, error, message):
         DGPOConfig(**{"output_dir": str(tmp_path), "use_cpu": True, **given})
 
 
+@dataclass(repr=False)
+class OwnConfig(DGPOConfig):
+    crop: tuple[int, int] | None = None
+    hook: Callable[[int], int] | None = None
+    choice: Literal["all", "some"] = "all"
+
+
+def test_a_folder_may_be_a_path(tmp_path):
+    assert DGPOConfig(tmp_path, use_cpu=True).output_dir == str(tmp_path)
+    with pytest.raises(ValueError, match="which no folder can be called"):
+        DGPOConfig(Path("a\0b"))
+
+
+def test_a_configuration_of_ones_own_may_have_other_types(tmp_path):
+    config = OwnConfig(str(tmp_path), use_cpu=True, crop=(1, 2), hook=abs, choice="".join(["so", "me"]))
+    assert config.hook(-1) == 1
+    with pytest.raises(TypeError, match=r"`choice` is 'none'"):
+        OwnConfig(str(tmp_path), choice="none")
+    with pytest.raises(TypeError, match=r"`crop` is 3, of type int; it must be `tuple"):
+        OwnConfig(str(tmp_path), crop=3)
+
+
+def test_names_that_only_a_type_checker_imports_are_passed_over(tmp_path):
+    later = type("LaterConfig", (DGPOConfig,), {"__annotations__": {"crop": "NotImported | None"}, "crop": None})
+    assert dataclass(repr=False)(later)(str(tmp_path), use_cpu=True, crop="anything").crop == "anything"
+    with pytest.raises(TypeError, match="`beta` is '100'"):
+        dataclass(repr=False)(later)(str(tmp_path), beta="100")
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -63,6 +97,8 @@ def test_what_does_not_fit_is_told(tmp_path, given, error, message):
         {"reward_timeout": math.inf, "advantage_clip": math.inf, "max_grad_norm": math.inf},
         {"reward_weights": (1, 0.5)},
         {"scale_rewards": True},
+        {"logging_steps": 10**12, "resume_from_checkpoint": Path("outputs")},
+        {"resume_from_checkpoint": True, "save_steps": sys.maxsize},
         {"optim": "sgd", "lr_scheduler_type": "cosine", "debug": "underflow_overflow"},
         {"model_init_kwargs": '{"revision": "main"}', "accelerator_config": '{"even_batches": false}'},
     ],

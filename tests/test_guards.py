@@ -242,6 +242,13 @@ def test_early_stop_counts_from_the_best(warned):
     assert "The best checkpoint is loaded." in warned()[1]
 
 
+def test_where_none_was_better_than_the_start_what_is_loaded_is_told(warned):
+    guard = HeldOutGuard("eval_reward", patience=2)
+    evaluate(evaluations(0.5, 0.4, 0.3), guard, load_best_model_at_end=True)
+    assert "was 0.5 at step 0 and" in warned()[0]
+    assert "That is the model before training; loaded is the best checkpoint, of step" in warned()[0]
+
+
 def test_an_evaluation_without_a_number_does_not_count():
     guard = HeldOutGuard("eval_reward", patience=1)
     history = evaluations(0.5, float("nan"), 0.6)

@@ -23,6 +23,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from trl_dgpo.guards import MEMORY
 from trl_dgpo.losses import denoising_error, next_kl_coef
+from trl_dgpo.trainer.dgpo_trainer import _KL_COEF
 
 
 SMALL = {"num_generations": 2, "prompts_per_round": 2, "num_train_timesteps": 1, "sample_num_steps": 2}
@@ -136,6 +137,18 @@ def test_without_a_target_nothing_moves(tmp_path):
     trainer.train()
     assert trainer.kl_coef == 0.1
     assert not logged(trainer, "kl_coef")
+    trainer.state.stateful_callbacks[_KL_COEF] = 0.5  # of an earlier part of the run, which had one
+    assert trainer.kl_coef == 0.1
+
+
+@pytest.mark.parametrize(("target", "factor"), [(1e9, 1e-3), (1e-30, 1e3)])
+def test_the_weight_stays_within_reach(tmp_path, target, factor):
+    trainer = tiny_trainer(tmp_path, **{**KL, "kl_target": target, "max_steps": 1})
+    trainer.train()
+    for _ in range(100):  # a long time on one side
+        trainer._step_kls.append(torch.tensor(1.0))
+        trainer.end_update()
+    assert trainer.kl_coef == pytest.approx(0.1 * factor)
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
