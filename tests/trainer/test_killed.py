@@ -285,9 +285,8 @@ def spoil(tmp_path: Path) -> dict:
 
         class Look(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
-                # The value alone: the gradient stays what it is.
                 is_spoiled = state.global_step == 1 and args.process_index == 1
-                trainer._loss = lambda *args: loss(*args) + (float("nan") if is_spoiled else 0.0)
+                trainer._loss = lambda *args: loss(*args) * (float("nan") if is_spoiled else 1.0)
                 seen.append({name: tensor.clone() for name, tensor in everything(trainer).items()})
 
         trainer = trainer_of(output, max_steps=3, save_strategy="no", load_best_model_at_end=False)
