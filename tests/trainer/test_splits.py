@@ -150,18 +150,18 @@ def one_step(
     gradient = Gradient(None if also is None else lambda: also(trainer))
     trainer = active_trainer(directory, groups, batch, callbacks=[gradient], **config)
     gates, forwards, begun = [], [], []
-    group_loss, fill = trainer._group_loss, trainer.buffer.fill
+    group_loss, roll_out = trainer._group_loss, trainer._roll_out
 
     def watch_gates(*args, **kwargs):
         group = group_loss(*args, **kwargs)
         gates.append(group.gate.tolist())
         return group
 
-    def watch_fill(*args):
-        fill(*args)
+    def watch_rollouts(*args):
+        roll_out(*args)
         begun.append(True)  # what comes now belongs to the update
 
-    trainer._group_loss, trainer.buffer.fill = watch_gates, watch_fill
+    trainer._group_loss, trainer._roll_out = watch_gates, watch_rollouts
     trainer.backbone.denoiser.proj_out.register_forward_pre_hook(
         lambda module, inputs: forwards.append((len(inputs[0]), torch.is_grad_enabled())) if begun else None
     )
