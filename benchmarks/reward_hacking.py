@@ -21,7 +21,7 @@ import datasets
 import torch
 import yaml
 from PIL import Image
-from runs import accuracy, be_quiet, commit, machine, pictures, reader, write_json
+from runs import accuracy, be_quiet, commit, machine, pictures, reader, write_between, write_json
 from transformers import PrinterCallback, TrainerCallback
 
 from trl_dgpo import DGPOConfig, DGPOTrainer
@@ -238,8 +238,7 @@ What was said:
 `python benchmarks/reward_hacking.py`, {about["date"]}, commit {commits}; {about["cpu"]}, one thread; {versions}.
 
 """
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{written}{END}{rest.partition(END)[2]}")
+    write_between(PAGE, BEGIN, END, written)
 
 
 def main(argv: list[str] | None = None) -> None:

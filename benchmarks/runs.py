@@ -509,6 +509,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def write_between(page: Path, begin: str, end: str, written: str) -> None:
+    """Replace what stands between two marks of a page."""
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(f"{before}{begin}\n{written}{end}{rest.partition(end)[2]}")
+
+
 def write_json(file: Path, value: Any) -> None:
     """Whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from runs import (
     make_trainer,
     score,
     take_all,
+    write_between,
     write_json,
 )
 
@@ -219,8 +220,7 @@ Common to all: {common}.
 `python benchmarks/tdm_r1.py`, {about["date"]}, commit {commits}; {about["cpu"]}, one thread a run; {versions}.
 
 """
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{written}{END}{rest.partition(END)[2]}")
+    write_between(PAGE, BEGIN, END, written)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ process comes to the same decision.
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +61,11 @@ class Sign(NamedTuple):
     measure: str
     way: int
     meaning: str
+
+    @property
+    def key(self) -> str:
+        """Its name in the guard's memory."""
+        return f"{self.measure} {self.way:+d}"
 
 
 # Brightness and saturation are logged and are no signs: of a reward for light or for colour they are the task.
@@ -125,7 +130,7 @@ class ImageGuard(TrainerCallback):
         }
         out = []
         for sign in SIGNS:
-            key = f"{sign.measure} {sign.way:+d}"
+            key = sign.key
             is_out = sign.way * shifts.get(sign.measure, 0.0) > LIMIT
             memory["rounds"][key] = memory["rounds"].get(key, 0) + 1 if is_out else 0
             if memory["rounds"][key] >= ROUNDS:
@@ -143,7 +148,7 @@ class ImageGuard(TrainerCallback):
                     f"{sign.measure} {means[sign.measure]:.3f}, the base model's {memory['means'][sign.measure]:.3f} "
                     f"+- {memory['spreads'][sign.measure]:.3f} ({sign.meaning})"
                     for sign in SIGNS
-                    if f"{sign.measure} {sign.way:+d}" in new
+                    if sign.key in new
                 ]
                 logger.warning(
                     "The pictures leave the base model's range while the reward %s: it was %.3f in the first round "
@@ -159,7 +164,8 @@ class ImageGuard(TrainerCallback):
 
 def _measured(scored: ScoredImages, device: torch.device) -> tuple[dict[str, Tensor], float]:
     """Measures of the images of all processes, those without a number left out, and their mean reward."""
-    parts = [(measure_images(part), thumbnails(part)) for part in _on_device(scored.images, device)]
+    on_device = (part.to(device) for part in scored.images.split(_AT_ONCE))
+    parts = [(measure_images(part), thumbnails(part)) for part in on_device]
     own = {name: torch.cat([measures[name] for measures, _ in parts]).cpu() for name in LEAST if name in parts[0][0]}
     small = torch.cat([thumbnail for _, thumbnail in parts]).cpu()
     gathered = gather_object([(own, small, scored.group_index.cpu(), scored.rewards.cpu())])
@@ -168,10 +174,6 @@ def _measured(scored: ScoredImages, device: torch.device) -> tuple[dict[str, Ten
     measures["near_duplicates"] = near_duplicates(small, group_index)
     known = {name: values[~values.isnan()].double() for name, values in measures.items()}
     return {name: values for name, values in known.items() if len(values)}, rewards.nanmean().item()
-
-
-def _on_device(images: Tensor, device: torch.device) -> Iterator[Tensor]:
-    return (part.to(device) for part in images.split(_AT_ONCE))
 
 
 def _way_back(args: Any, state: Any, best_step: int) -> str:

@@ -180,7 +180,6 @@ class DiffusionTrainer(_BaseTrainer):
         self._staging: Path | None = None  # where a checkpoint is being written
         self._saved_step: int | None = None  # of the last checkpoint of this call of `train`
         self._resumed_from: Path | None = None
-        self._restore_random = random_states()  # those between two optimiser steps
         self._signals, self._guard = StopSignals(), StepGuard(args.max_skipped_steps, args.skip_grad_norm)
         self._step_loss: Tensor | float = 0.0  # of the micro-steps so far
         self._skips_step = False
@@ -258,8 +257,7 @@ class DiffusionTrainer(_BaseTrainer):
     def _watch_evaluations(self) -> None:
         args = self.args
         if prefixes := list(_named(self.eval_dataset, "eval")):
-            metric = args.metric_for_best_model or f"{prefixes[0]}_reward"
-            metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+            metric = _name_in_log(args.metric_for_best_model or f"{prefixes[0]}_reward")
             self.add_callback(HeldOutGuard(metric, args.greater_is_better is not False, args.early_stopping_patience))
 
     def describe(self) -> dict[str, Any]:
@@ -607,7 +605,7 @@ class DiffusionTrainer(_BaseTrainer):
                 "`resume_from_checkpoint` under DeepSpeed would bring back the weights and not their averages, nor "
                 "the round. Start anew from what was saved, or resume with DDP or FSDP2."
             )
-        self._restore_random = random_states()
+        self._restore_random = random_states()  # those between two optimiser steps
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
             self._resumed_from = Path(resume_from_checkpoint).absolute()
@@ -1237,10 +1235,15 @@ def _check_reward_limits(args: DGPOConfig, *scorers: RewardScorer) -> None:
         )
 
 
+def _name_in_log(metric: str) -> str:
+    """Of `metric_for_best_model`, which may leave out the prefix."""
+    return metric if metric.startswith("eval_") else f"eval_{metric}"
+
+
 def _check_best_metric(args: DGPOConfig, eval_dataset: Any) -> None:
     metric, prefixes = args.metric_for_best_model, list(_named(eval_dataset, "eval"))
     if metric is not None and prefixes:
-        full = metric if metric.startswith("eval_") else f"eval_{metric}"
+        full = _name_in_log(metric)
         if not any(full.startswith(prefix + "_") for prefix in prefixes) or full == "eval_loss":
             raise ValueError(
                 f"`metric_for_best_model` is {metric!r}, which no evaluation has. Choose "
